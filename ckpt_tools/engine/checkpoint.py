@@ -1,0 +1,151 @@
+"""A checkpoint opened from its headers: what format it is in, which family, and which side of the layout it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.errors import LayoutError, NotFoundError
+from ckpt_tools.core.names import match
+from ckpt_tools.core.tensors import Store, StoredTensor
+from ckpt_tools.engine.extents import Extent, addressable, store_extents
+from ckpt_tools.engine.manifest import Manifest, read_manifest
+from ckpt_tools.engine.prove import prove_leaf
+from ckpt_tools.families import family_of, get_family
+from ckpt_tools.formats import dcp, hf, sharded_safetensors
+from ckpt_tools.formats.documents import read_json_object
+from ckpt_tools.layouts.layout import Layout, Side, identity
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        root: its directory.
+        store: its tensors and where they lie; tied duplicates and dropped buffers are not among them.
+        layout: the correspondence of its family for its config.
+        side: which side of the layout the names are.
+        config: its config.json, empty when there is none.
+        side_root: where its config, tokenizer and other side files lie.
+        side_files: their relative paths.
+        manifest: its `ckpt-manifest.json`, or None.
+        duplicates: tied names that the files hold although the config shares them, with the name they share.
+        dropped: names left out because they hold no weights.
+    """
+
+    root: Path
+    store: Store
+    layout: Layout
+    side: Side
+    config: Mapping[str, Any]
+    side_root: Path
+    side_files: tuple[str, ...]
+    manifest: Manifest | None = None
+    duplicates: dict[str, StoredTensor] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def extents(self) -> dict[str, list[Extent]]:
+        """Extents of every leaf, each proven to be there exactly once.
+
+        Raises:
+            LayoutError: an element of a leaf is missing or stored twice.
+        """
+        found = store_extents(self.store, self.layout.views(self.side, self.store.tensors))
+        for name, dtype in self.leaf_dtypes().items():
+            _, items = addressable(dtype, self.layout.leaves[name].numel)
+            prove_leaf(name, found[name], items, str(self.root))
+        return found
+
+    def leaf_dtypes(self) -> dict[str, DType]:
+        """Dtype of every leaf as stored here."""
+        if self.side == "hf":
+            return {name: tensor.dtype for name, tensor in self.store.tensors.items()}
+        return {
+            piece.leaf: tensor.dtype
+            for name, tensor in self.store.tensors.items()
+            for piece in self.layout.native[name].view.pieces
+        }
+
+
+def open_checkpoint(path: Path, *, family: str | None = None) -> Checkpoint:
+    """Opens a Hugging Face repository, a native checkpoint or a training checkpoint from its headers.
+
+    Args:
+        path: its directory.
+        family: name of the family, `identity` for names as they are; None reads it from config.json.
+
+    Raises:
+        NotFoundError: there is nothing there.
+        FormatError: a file is malformed.
+        LayoutError: names or shapes are not those of the family.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
+    store, side_root, config, side_files = _open_files(path)
+    layout, side, duplicates, dropped = _recognise(store, config, family, path)
+    checkpoint = Checkpoint(
+        path, store, layout, side, config, side_root, side_files, read_manifest(path), duplicates, dropped
+    )
+    _check_shapes(checkpoint)
+    return checkpoint
+
+
+def _open_files(path: Path) -> tuple[Store, Path, Mapping[str, Any], tuple[str, ...]]:
+    if (path / ".metadata").exists() or sharded_safetensors.is_sharded(path):
+        is_dcp = (path / ".metadata").exists()
+        store = dcp.open_dcp(path) if is_dcp else sharded_safetensors.open_sharded(path)
+        side_root = path / "hf" if (path / "hf").is_dir() else path
+        return store, side_root, read_config(side_root), hf.side_files(side_root)
+    repository = hf.open_repository(path)
+    return repository.store, path, repository.config, repository.side_files
+
+
+def read_config(root: Path) -> Mapping[str, Any]:
+    """The config.json of a directory, or an empty mapping when there is none.
+
+    Raises:
+        FormatError: it is not a JSON object.
+    """
+    path = root / "config.json"
+    return read_json_object(path) if path.exists() else {}
+
+
+def _recognise(
+    store: Store, config: Mapping[str, Any], family: str | None, path: Path
+) -> tuple[Layout, Side, dict[str, StoredTensor], tuple[str, ...]]:
+    chosen = None if family == "identity" else get_family(family) if family else family_of(config)
+    if chosen is None:
+        return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, ()
+    layout = chosen.layout(config)
+    dropped = tuple(name for name in store.tensors if any(match(t, name) for t in layout.dropped))
+    duplicates = {name: store.tensors[name] for name in layout.tied if name in store.tensors}
+    for name in (*dropped, *duplicates):
+        del store.tensors[name]
+    names = store.tensors.keys()
+    # The side is chosen by names, never by shape. Where neither fits, the error speaks of the nearer one.
+    side: Side = "native" if len(names ^ layout.native.keys()) < len(names ^ layout.leaves.keys()) else "hf"
+    layout.check_names(names, side, str(path))
+    return layout, side, duplicates, dropped
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    layout = checkpoint.layout
+    wrong = []
+    for name, tensor in checkpoint.store.tensors.items():
+        expected = layout.leaves[name].shape if checkpoint.side == "hf" else layout.native[name].shape
+        if tensor.shape != expected:
+            wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(expected)}")
+    for name, tensor in checkpoint.duplicates.items():
+        other = checkpoint.store.tensors[layout.tied[name]]
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            wrong.append(f"{name} is tied to {other.name} by the config but differs from it in shape or dtype")
+    if wrong:
+        raise LayoutError(
+            f"{checkpoint.root}: tensors do not fit config.json:\n  " + "\n  ".join(wrong[:10]),
+            hint="the config belongs to another checkpoint, or the checkpoint is damaged",
+        )

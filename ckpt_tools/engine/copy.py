@@ -1,0 +1,162 @@
+"""Carries a proven plan out: checks space, copies into a staging directory, and commits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_tools.core.errors import MismatchError, ResourceError
+from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine.execute import STRIDED_WINDOW, Progress, default_threads, execute
+from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
+from ckpt_tools.engine.manifest import MANIFEST, Manifest
+from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.staging import Staging
+
+PER_THREAD = 4 * STRIDED_WINDOW
+"""Upper bound of the bytes that a thread holds: window, cast copy and scratch of a strided run."""
+
+SLACK = 16 << 20
+"""Disk left free beyond the plan, for the journal and the file system's own records."""
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """How a copy is run.
+
+    Attributes:
+        overwrite: an existing output may be replaced; it stays until the new one is whole.
+        threads: worker threads, None for the default.
+        memory: upper bound of buffers in bytes, None for no bound.
+        progress: told of bytes as they are written.
+    """
+
+    overwrite: bool = False
+    threads: int | None = None
+    memory: int | None = None
+    progress: Progress | None = None
+
+    def bounded_threads(self) -> int:
+        """Threads that fit into the memory bound.
+
+        Raises:
+            ResourceError: not even one does.
+        """
+        wanted = self.threads or default_threads()
+        if self.memory is None:
+            return wanted
+        fitting = self.memory // PER_THREAD
+        if fitting < 1:
+            raise ResourceError(
+                f"a memory bound of {self.memory:,} bytes is below the {PER_THREAD:,} that one thread needs",
+                hint=f"give --memory {PER_THREAD >> 20}MB or more",
+            )
+        return min(wanted, fitting)
+
+
+def check_disk(destination: Path, needed: int) -> None:
+    """Raises `ResourceError` when the file system of `destination` has less than `needed` bytes free."""
+    folder = destination.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{destination} needs {needed / 1e9:,.2f} GB and {folder} has {free / 1e9:,.2f} GB free",
+            hint="free space or choose another disk; nothing was written",
+        )
+
+
+def run_plan(
+    plan: Plan,
+    destination: Path,
+    manifest: Manifest,
+    side_files: Mapping[str, Path | bytes],
+    options: CopyOptions,
+) -> Manifest:
+    """Copies everything into place and returns the manifest that was written with it.
+
+    Args:
+        plan: the proven plan.
+        destination: directory to make.
+        manifest: what to record; its digests are filled in.
+        side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
+        options: how to run.
+
+    Raises:
+        CkptError: whatever went wrong; the destination is then absent or as it was before.
+    """
+    threads = options.bounded_threads()
+    with Staging(destination, overwrite=options.overwrite) as staging:
+        journal = staging.resume(fingerprint(plan, destination))
+        done = _bytes_used(staging.path)
+        check_disk(destination, max(0, plan.nbytes_written + SLACK - done))
+        with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
+            write_frames(plan.target, writer)
+            recorded = plan.source.manifest
+            try:
+                manifest.tensors = execute(
+                    plan.copies,
+                    reader,
+                    writer,
+                    journal=journal,
+                    threads=threads,
+                    progress=options.progress,
+                    expected=recorded.tensors if recorded else None,
+                )
+                reader.check_unchanged()
+            except MismatchError:
+                journal.close()
+                staging.discard()
+                raise
+            writer.sync()
+        journal.close()
+        write_side_files(staging, plan.target.documents, side_files, manifest)
+        staging.commit()
+    return manifest
+
+
+def write_frames(target: TargetFiles, writer: FileWriter) -> None:
+    """Makes every file at its final size and writes what is not tensor data."""
+    for file, size in target.store.files.items():
+        writer.create(file, size)
+    for frame in target.framing:
+        writer.write(frame.file, frame.position, memoryview(frame.data))
+
+
+def write_side_files(
+    staging: Staging, documents: Mapping[str, bytes], side_files: Mapping[str, Path | bytes], manifest: Manifest
+) -> None:
+    """Writes the small files, the manifest last."""
+    import xxhash
+
+    for name, content in {**documents, **side_files}.items():
+        if isinstance(content, Path):
+            with storage_errors("read", content):
+                data = content.read_bytes()
+        else:
+            data = content
+        if name in side_files:
+            manifest.side_files[name] = xxhash.xxh3_128_hexdigest(data)
+        staging.write_document(name, data)
+    staging.write_document(MANIFEST, manifest.to_json())
+
+
+def fingerprint(plan: Plan, destination: Path) -> str:
+    """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
+    state = hashlib.sha256(repr((str(plan.source.root.resolve()), os.path.abspath(destination), plan.side)).encode())
+    for file in plan.source.store.files:
+        with storage_errors("look at", plan.source.root / file):
+            status = os.stat(plan.source.root / file)
+        state.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+    for tensor in plan.target.store.tensors.values():
+        state.update(repr((tensor.name, tensor.dtype.name, tensor.shape, tensor.chunks)).encode())
+    return state.hexdigest()
+
+
+def _bytes_used(folder: Path) -> int:
+    return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,198 @@
+"""Runs a plan: threads take segments of leaves, gather, hash, cast and scatter them in small reused buffers.
+
+Memory is threads times a window, whatever the size of a tensor. The first error stops every thread and is raised in
+the caller; nothing is swallowed in a worker.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import xxhash
+
+from ckpt_tools.core.errors import MismatchError
+from ckpt_tools.engine.cast import cast
+from ckpt_tools.engine.digest import combine
+from ckpt_tools.engine.plan import LeafCopy
+from ckpt_tools.engine.transfer import Reader, Window, Writer, gather, scatter
+
+T = TypeVar("T")
+
+WINDOW = 256 << 10
+"""Bytes that a thread holds at once for plain copies: small enough to stay in the core's cache."""
+
+STRIDED_WINDOW = 1 << 20
+"""Bytes that a thread holds at once for strided copies, so that the runs within are long."""
+
+
+class Progress(Protocol):
+    """What a caller shows while bytes move. `advance` is called from worker threads."""
+
+    def start(self, title: str, total: int) -> None:
+        """A stage of `total` bytes begins."""
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One segment of a leaf; `number` identifies it in the journal."""
+
+    number: int
+    copy: LeafCopy
+    low: int
+    high: int
+
+
+@dataclass
+class Journal:
+    """Segments that are done, with their digests. The base class only remembers; the staging's one writes a file."""
+
+    done: dict[int, bytes] = field(default_factory=dict)
+
+    def record(self, number: int, digest: bytes) -> None:
+        self.done[number] = digest
+
+
+def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
+    """Every segment of every leaf, numbered."""
+    number = 0
+    for copy in copies:
+        for low, high in copy.segments():
+            yield Task(number, copy, low, high)
+            number += 1
+
+
+def default_threads() -> int:
+    """Threads that pay on one disk: copying is bound by memory and the kernel, not by Python."""
+    return max(2, min(8, os.cpu_count() or 2))
+
+
+def execute(
+    copies: Sequence[LeafCopy],
+    reader: Reader,
+    writer: Writer,
+    *,
+    journal: Journal | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    expected: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Copies the leaves and returns their digests in the target.
+
+    Args:
+        copies: leaves to copy.
+        reader: where their source extents are read.
+        writer: where their target extents are written.
+        journal: segments that an interrupted run has done are skipped, new ones are recorded.
+        threads: number of worker threads.
+        progress: told of bytes as they are written, those of a resumed run's journal at once.
+        expected: digests of leaves in the source, checked for leaves that are not cast.
+
+    Raises:
+        MismatchError: a leaf does not have the digest that the source's manifest records.
+        StorageError: a read or a write failed.
+    """
+    journal = Journal() if journal is None else journal
+    if progress is not None:
+        progress.start("copying", sum(copy.items * copy.target_itemsize for copy in copies))
+        progress.advance(
+            sum((t.high - t.low) * t.copy.target_itemsize for t in tasks_of(copies) if t.number in journal.done)
+        )
+    pending = (task for task in tasks_of(copies) if task.number not in journal.done)
+    run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
+    digests: dict[str, str] = {}
+    segments: dict[str, list[bytes]] = {}
+    for task in tasks_of(copies):
+        segments.setdefault(task.copy.name, []).append(journal.done[task.number])
+    for copy in copies:
+        digest = digests[copy.name] = combine(segments[copy.name])
+        recorded = None if expected is None or copy.casts else expected.get(copy.name)
+        if recorded is not None and recorded != digest:
+            raise MismatchError(
+                f"{copy.name} does not have the digest that the source's manifest records",
+                hint="the source is damaged: fetch it again, or see `ckpt verify`",
+            )
+    return digests
+
+
+def run_threads(tasks: Iterator[T], act: Callable[[T], None], threads: int | None) -> None:
+    """Calls `act` for each task from several threads; the first error stops all of them and is raised here."""
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not failures:
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                act(task)
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [
+        threading.Thread(target=work, name=f"ckpt-{i}", daemon=True) for i in range(threads or default_threads())
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException as interruption:
+        failures.append(interruption)
+        for worker in workers:
+            worker.join()
+        raise
+    if failures:
+        raise failures[0]
+
+
+def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> bytes:
+    """Copies one segment and returns the xxh3-128 of its bytes in the target."""
+    copy = task.copy
+    digest = xxhash.xxh3_128()
+    for window in windows(task, reader):
+        data = cast(window.data, copy.source_dtype, copy.target_dtype) if copy.casts else window.data
+        digest.update(data)
+        scatter(copy.target, Window(data, window.low, window.high, copy.target_itemsize), writer)
+        if progress is not None:
+            progress.advance(len(data))
+    return digest.digest()
+
+
+def windows(task: Task, reader: Reader) -> Iterator[Window]:
+    """The segment's windows, gathered from the source, in order. Each is valid until the next is asked for."""
+    copy, itemsize = task.copy, task.copy.source_itemsize
+    step = window_items(copy)
+    buffer = _buffer(min(step, task.high - task.low) * itemsize)
+    for low in range(task.low, task.high, step):
+        high = min(low + step, task.high)
+        window = Window(buffer[: (high - low) * itemsize], low, high, itemsize)
+        gather(copy.source, window, reader)
+        yield window
+
+
+def window_items(copy: LeafCopy) -> int:
+    """Items of a window: whole rows of the strided extents where those fit, so that a cut falls between rows."""
+    strided = [e.leaf_strides[0] for e in (*copy.source, *copy.target) if not e.is_contiguous]
+    items = (STRIDED_WINDOW if strided else WINDOW) // max(copy.source_itemsize, copy.target_itemsize)
+    row = max(strided, default=1)
+    return items - items % row if row <= items else items
+
+
+_buffers = threading.local()
+
+
+def _buffer(size: int) -> memoryview:
+    """A buffer of this thread, reused from task to task."""
+    held: memoryview | None = getattr(_buffers, "view", None)
+    if held is None or len(held) < size:
+        held = _buffers.view = memoryview(bytearray(size))
+    return held[:size]

@@ -1,0 +1,182 @@
+"""Where the elements of each leaf lie in the files of a store, as strided extents.
+
+This is the one description that copying, verifying and proving work on. It is derived from the layout's views and the
+store's chunks, in either direction and for any sharding.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, row_major
+from ckpt_tools.layouts.algebra import Box, Piece, View, cut, restrict
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Elements of a leaf that lie in one file. Loops are ordered by leaf stride, largest first.
+
+    Attributes:
+        file: path relative to the store's root.
+        position: byte position in the file of the first element.
+        leaf_start: position in the leaf of the first element, in elements.
+        sizes: steps of each loop.
+        leaf_strides: elements of the leaf from one step to the next.
+        file_strides: elements of the file from one step to the next.
+    """
+
+    file: str
+    position: int
+    leaf_start: int
+    sizes: tuple[int, ...]
+    leaf_strides: tuple[int, ...]
+    file_strides: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """One run of neighbouring elements, in the leaf and in the file."""
+        return len(self.sizes) == 1 and self.leaf_strides == (1,) and self.file_strides == (1,)
+
+    def within(self, low: int, high: int, itemsize: int) -> Iterator[Extent]:
+        """The parts of the extent whose leaf positions lie in `[low, high)`."""
+        for box in cut(self.leaf_start, self.sizes, self.leaf_strides, low, high):
+            yield self._part(box, itemsize)
+
+    def _part(self, box: Box, itemsize: int) -> Extent:
+        firsts = [first for first, _ in box]
+        return extent(
+            self.file,
+            self.position + itemsize * sum(f * s for f, s in zip(firsts, self.file_strides, strict=True)),
+            self.leaf_start + sum(f * s for f, s in zip(firsts, self.leaf_strides, strict=True)),
+            [count for _, count in box],
+            self.leaf_strides,
+            self.file_strides,
+        )
+
+
+def extent(
+    file: str,
+    position: int,
+    leaf_start: int,
+    sizes: list[int],
+    leaf_strides: tuple[int, ...],
+    file_strides: tuple[int, ...],
+) -> Extent:
+    """An extent with loops of one step removed and neighbouring loops merged where both sides allow."""
+    loops = sorted(
+        ((ls, fs, n) for n, ls, fs in zip(sizes, leaf_strides, file_strides, strict=True) if n != 1), reverse=True
+    )
+    merged: list[tuple[int, int, int]] = []
+    for ls, fs, n in loops:
+        if merged and merged[-1][0] == n * ls and merged[-1][1] == n * fs:
+            merged[-1] = (ls, fs, merged[-1][2] * n)
+        else:
+            merged.append((ls, fs, n))
+    if not merged:
+        merged = [(1, 1, 1)]
+    return Extent(
+        file,
+        position,
+        leaf_start,
+        tuple(n for _, _, n in merged),
+        tuple(ls for ls, _, _ in merged),
+        tuple(fs for _, fs, _ in merged),
+    )
+
+
+def addressable(dtype: DType, numel: int) -> tuple[int, int]:
+    """(item size in bytes, number of items) of a tensor: packed types narrower than a byte are moved as bytes."""
+    return (1, dtype.nbytes(numel)) if dtype.bits % 8 else (dtype.itemsize, numel)
+
+
+def leaf_extents(tensor: StoredTensor) -> list[Extent]:
+    """Extents of a tensor that is itself a leaf."""
+    _, items = addressable(tensor.dtype, tensor.numel)
+    if not items:
+        return []
+    if len(tensor.chunks) == 1 and tensor.chunks[0].strides is None:
+        chunk = tensor.chunks[0]
+        return [Extent(chunk.file, chunk.position, 0, (items,), (1,), (1,))]
+    strides = row_major(tensor.shape)
+    found = []
+    for chunk in tensor.chunks:
+        if chunk.numel:
+            start = sum(o * s for o, s in zip(chunk.offsets, strides, strict=True))
+            own = chunk.strides or row_major(chunk.sizes)
+            found.append(extent(chunk.file, chunk.position, start, list(chunk.sizes), strides, own))
+    return found
+
+
+def native_extents(tensor: StoredTensor, view: View) -> Iterator[tuple[str, Extent]]:
+    """(leaf, extent) of every piece of a native tensor, in each of its chunks."""
+    itemsize = tensor.dtype.itemsize
+    index = _PieceIndex(view)
+    for chunk in tensor.chunks:
+        strides = chunk.strides or row_major(chunk.sizes)
+        whole = chunk.sizes == tensor.shape
+        for piece in view.pieces if whole else index.near(chunk):
+            for part in (piece,) if whole else restrict(piece, chunk.offsets, chunk.sizes):
+                yield part.leaf, _piece_extent(part, chunk, strides, itemsize)
+
+
+def _piece_extent(piece: Piece, chunk: Chunk, strides: tuple[int, ...], itemsize: int) -> Extent:
+    start = sum(s * stride for s, stride in zip(piece.starts, strides, strict=True))
+    return extent(
+        chunk.file,
+        chunk.position + start * itemsize,
+        piece.leaf_start,
+        [loop.size for loop in piece.loops],
+        tuple(loop.leaf_stride for loop in piece.loops),
+        tuple(loop.step * strides[loop.dim] for loop in piece.loops),
+    )
+
+
+class _PieceIndex:
+    """Pieces of a view by their range of dimension 0, so that a chunk meets only the pieces near it."""
+
+    def __init__(self, view: View) -> None:
+        ranged = []
+        for piece in view.pieces:
+            low = piece.starts[0] if piece.starts else 0
+            reach = sum((loop.size - 1) * loop.step for loop in piece.loops if loop.dim == 0)
+            ranged.append((low, low + reach, piece))
+        ranged.sort(key=lambda r: r[0])
+        self._lows = [low for low, _, _ in ranged]
+        self._ranged = ranged
+        self._reach = max((high - low for low, high, _ in ranged), default=0)
+
+    def near(self, chunk: Chunk) -> Iterator[Piece]:
+        if not chunk.offsets:
+            yield from (piece for _, _, piece in self._ranged)
+            return
+        low, high = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+        first, last = bisect_left(self._lows, low - self._reach), bisect_left(self._lows, high)
+        yield from (piece for _, reach, piece in self._ranged[first:last] if reach >= low)
+
+
+def store_extents(store: Store, views: dict[str, View] | None) -> dict[str, list[Extent]]:
+    """Extents of every leaf of a store.
+
+    Args:
+        store: an opened or planned checkpoint.
+        views: the view of each native tensor, or None when the store's tensors are the leaves themselves.
+    """
+    found: dict[str, list[Extent]] = {}
+    if views is None:
+        for name, tensor in store.tensors.items():
+            found[name] = leaf_extents(tensor)
+        return found
+    for name, tensor in store.tensors.items():
+        for piece in views[name].pieces:
+            found.setdefault(piece.leaf, [])
+        for leaf, part in native_extents(tensor, views[name]):
+            found[leaf].append(part)
+    return found

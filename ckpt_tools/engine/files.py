@@ -1,0 +1,200 @@
+"""Reading and writing byte ranges of files, with every failure of the operating system turned into `StorageError`."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt_tools.core.errors import InputChangedError, StorageError
+from ckpt_tools.core.paths import open_input
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HINTS = {
+    errno.ENOSPC: "free disk space and run the same command again: it resumes",
+    errno.EDQUOT: "the disk quota is used up; free some and run the same command again: it resumes",
+    errno.EIO: "the disk or the network file system failed; check it before anything else",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "the file system is mounted read-only",
+}
+
+
+@contextmanager
+def storage_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns an `OSError` inside into a `StorageError` that names the action and the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno or 0)) from error
+
+
+class FileReader:
+    """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
+
+    Also guards against a source that changes while it is read: `check_unchanged` compares size, modification time and
+    inode with those at opening.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: str, position: int, into: memoryview) -> None:
+        """Fills `into` from byte `position` of `file` on."""
+        fd = self._descriptor(file)
+        path = self._root / file
+        with storage_errors("read", path):
+            done = 0
+            while done < len(into):
+                count = os.preadv(fd, [into[done:]], position + done)
+                if count == 0:
+                    raise StorageError(
+                        f"{path} ends at byte {position + done:,}, {len(into) - done:,} bytes before a tensor does",
+                        hint="the file was truncated after it was opened; fetch it again",
+                    )
+                done += count
+
+    def check_unchanged(self) -> None:
+        """Raises `InputChangedError` when a file is no longer the one that was opened."""
+        for file, (_, before) in self._open.items():
+            path = self._root / file
+            with storage_errors("look at", path):
+                now = _identity(os.stat(path))
+            if now != before:
+                raise InputChangedError(
+                    f"{path} changed while it was being read; nothing was written under the final name",
+                    hint="stop whatever writes there and run the command again",
+                )
+
+    def close(self) -> None:
+        for fd, _ in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _descriptor(self, file: str) -> int:
+        found = self._open.get(file)
+        if found is None:
+            with self._lock, storage_errors("open", self._root / file):
+                found = self._open.get(file)
+                if found is None:
+                    fd = open_input(self._root / file)
+                    found = self._open[file] = (fd, _identity(os.fstat(fd)))
+        return found[0]
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class FileWriter:
+    """Byte ranges of files that this run owns, under a root. Safe to use from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def create(self, file: str, size: int) -> None:
+        """Makes `file` with `size` bytes of space, or opens the one of that size that an interrupted run left."""
+        path = self._root / file
+        with storage_errors("create", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = self._descriptor(file, os.O_CREAT)
+            if os.fstat(fd).st_size != size:
+                os.ftruncate(fd, 0)
+                _allocate(fd, size)
+
+    def write(self, file: str, position: int, data: memoryview) -> None:
+        """Writes all of `data` at byte `position` of `file`."""
+        fd = self._descriptor(file)
+        with storage_errors("write", self._root / file):
+            done = 0
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], position + done)
+
+    def write_behind(self, file: str, position: int, size: int) -> None:
+        """Asks the kernel to start writing a range to the disk now, so that the final sync has little left."""
+        _start_writeback(self._descriptor(file), position, size)
+
+    def sync(self) -> None:
+        """Returns when everything written is on the disk."""
+        for file, fd in self._open.items():
+            with storage_errors("sync", self._root / file):
+                os.fsync(fd)
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _descriptor(self, file: str, flags: int = 0) -> int:
+        found = self._open.get(file)
+        if found is None:
+            with self._lock:
+                found = self._open.get(file)
+                if found is None:
+                    found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+                    self._open[file] = found
+        return found
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserves the space now, so that a full disk is found before any copying, where the file system can."""
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    os.ftruncate(fd, size)
+
+
+def _load_sync_file_range():  # type: ignore[no-untyped-def]
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = _load_sync_file_range()
+
+
+def _start_writeback(fd: int, position: int, size: int) -> None:
+    # Advice only: a file system without it writes everything at the final sync instead.
+    if _sync_file_range is not None:
+        _sync_file_range(fd, position, size, _SYNC_FILE_RANGE_WRITE)
+
+
+class MemoryFiles:
+    """Named buffers in place of files: parameters of a model that is loaded or saved."""
+
+    def __init__(self, buffers: Iterable[tuple[str, memoryview]]) -> None:
+        self._buffers = dict(buffers)
+
+    def read(self, file: str, position: int, into: memoryview) -> None:
+        into[:] = self._buffers[file][position : position + len(into)]
+
+    def write(self, file: str, position: int, data: memoryview) -> None:
+        self._buffers[file][position : position + len(data)] = data

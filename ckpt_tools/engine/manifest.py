@@ -1,0 +1,98 @@
+"""`ckpt-manifest.json`: what a checkpoint written by this project holds, and the digests that prove it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.core.errors import FormatError
+from ckpt_tools.engine.digest import ALGORITHM
+
+MANIFEST = "ckpt-manifest.json"
+VERSION = 1
+
+
+@dataclass
+class Manifest:
+    """The record beside a checkpoint.
+
+    Attributes:
+        family: name of the family, `identity` where names are as on disk.
+        layout_version: version of the families' layouts that it was written with.
+        side: `hf` or `native`.
+        tool: name and version of the writer.
+        source: where it came from (directory name or Hub repository and revision, optimizer step), as text.
+        tensors: digest of each leaf (`ckpt_tools.engine.digest`) by its Hugging Face name; None: not recorded.
+        side_files: xxh3-128 of each side file by relative path.
+        blobs: for checkpoints that training saved: by file, [position, length, xxh3-128] of each tensor's bytes.
+    """
+
+    family: str
+    layout_version: int
+    side: str
+    tool: str
+    source: dict[str, str] = field(default_factory=dict)
+    digest: str = ALGORITHM
+    tensors: dict[str, str] | None = None
+    side_files: dict[str, str] = field(default_factory=dict)
+    blobs: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The manifest as UTF-8 JSON; the same manifest gives the same bytes."""
+        body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if v not in (None, {})}}
+        return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a checkpoint, or None when it has none.
+
+    Raises:
+        FormatError: it is malformed or of a newer version.
+    """
+    path = root / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(body, dict) or body.get("version") != VERSION:
+        found = body.get("version") if isinstance(body, dict) else type(body).__name__
+        raise FormatError(f"{path} is of version {found!r}, this tool reads {VERSION}", hint="upgrade the tool")
+    return _checked(path, body)
+
+
+def _checked(path: Path, body: dict[str, Any]) -> Manifest:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise FormatError(f"{path}: {what} is missing or of the wrong kind", hint="the manifest is damaged")
+
+    def texts(name: str) -> dict[str, str]:
+        value = body.get(name, {})
+        require(isinstance(value, dict) and all(isinstance(v, str) for v in value.values()), name)
+        return dict(value)
+
+    for name in ("family", "side", "tool", "digest"):
+        require(isinstance(body.get(name), str), name)
+    require(isinstance(body.get("layout_version"), int), "layout_version")
+    blobs = body.get("blobs", {})
+    require(isinstance(blobs, dict), "blobs")
+    for entries in blobs.values():
+        require(
+            isinstance(entries, list)
+            and all(isinstance(e, list) and list(map(type, e)) == [int, int, str] for e in entries),
+            "blobs",
+        )
+    return Manifest(
+        family=body["family"],
+        layout_version=body["layout_version"],
+        side=body["side"],
+        tool=body["tool"],
+        source=texts("source"),
+        digest=body["digest"],
+        tensors=texts("tensors") if "tensors" in body else None,
+        side_files=texts("side_files"),
+        blobs={file: [(e[0], e[1], e[2]) for e in entries] for file, entries in blobs.items()},
+    )

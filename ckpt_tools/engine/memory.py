@@ -1,0 +1,240 @@
+"""Checkpoints to and from memory: what `automodel` loads a model with and saves it with, on one process or a mesh.
+
+A rank names the boxes of native tensors that it holds; only their bytes are read from the files, and only their bytes
+are written into the final files. Nothing is gathered and no whole tensor is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.errors import LayoutError, listed
+from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, TargetFiles
+from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_files
+from ckpt_tools.engine.execute import Task, run_task, run_threads
+from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents, store_extents
+from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
+from ckpt_tools.engine.manifest import Manifest
+from ckpt_tools.engine.plan import LeafCopy
+from ckpt_tools.engine.sides import repository_side_files
+from ckpt_tools.engine.staging import Staging
+from ckpt_tools.engine.targets import repository_tensors
+from ckpt_tools.families.family import LAYOUT_VERSION
+from ckpt_tools.formats import hf
+from ckpt_tools.layouts.layout import Layout
+from ckpt_tools.version import TOOL
+
+
+@dataclass(frozen=True)
+class Box:
+    """One rank's part of a native tensor, in memory.
+
+    Attributes:
+        name: name of the native tensor.
+        offsets: first index of the part along each dimension.
+        sizes: extent of the part along each dimension.
+        dtype: of the elements in memory.
+        data: their bytes, row-major: `prod(sizes) * itemsize` of them; writable when loading.
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: DType
+    data: memoryview
+
+
+def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Compares a model's parameter names with what the checkpoint fills.
+
+    Raises:
+        LayoutError: the model has parameters that the checkpoint does not fill, or the other way round.
+    """
+    wanted, there = set(names), set(checkpoint.layout.native)
+    faults = [
+        f"{len(lost):,} {what}\n{listed(sorted(lost))}"
+        for lost, what in (
+            (wanted - there, "parameters of the model are not in the checkpoint"),
+            (there - wanted, "tensors of the checkpoint have no parameter in the model"),
+        )
+        if lost
+    ]
+    if faults:
+        raise LayoutError(f"{checkpoint.root} does not fit the model:\n" + "\n".join(faults))
+
+
+def load_boxes(checkpoint: Checkpoint, boxes: Sequence[Box], *, threads: int | None = None) -> None:
+    """Fills boxes of native tensors from a Hugging Face repository or a native checkpoint.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        boxes: parts to fill; any part of the model, so that a caller can bound its memory by groups.
+        threads: worker threads.
+
+    Raises:
+        LayoutError: a name is unknown, a box leaves its tensor, or the checkpoint lacks an element of it.
+        StorageError: a read failed.
+    """
+    for box in boxes:
+        if box.name not in checkpoint.layout.native:
+            raise LayoutError(f"{checkpoint.root} has no tensor {box.name}")
+    target = _memory_store(checkpoint.layout, boxes)
+    names = {box.name for box in boxes}
+    leaves = {p.leaf for name in names for p in checkpoint.layout.native[name].view.pieces}
+    incoming = _extents_of(checkpoint, leaves)
+    stored = checkpoint.leaf_dtypes()
+    copies = [
+        LeafCopy(leaf, 0, tuple(sorted(incoming[leaf], key=lambda e: e.leaf_start)), (part,), stored[leaf], dtype)
+        for leaf, part, dtype in _box_extents(checkpoint.layout, target)
+    ]
+    with FileReader(checkpoint.root) as reader:
+        _run_parts(copies, lambda copy: copy.target[0], reader, _files(boxes), threads)
+
+
+class RepositoryExport:
+    """Writes a Hugging Face repository out of the boxes that the ranks of a mesh hold.
+
+    One process calls `prepare`, then every process `write` with its boxes, then, after a barrier, the first one
+    `commit`. The directory appears under its final name only then. Replicated boxes are written by one rank.
+
+    Args:
+        layout: of the model.
+        config: its config.json.
+        destination: directory to make; on a file system that all ranks share.
+        dtypes: of each native tensor in the files.
+        max_shard_size: bytes of tensor data in one file.
+        side_files_from: directory with tokenizer, generation config and so on, copied byte for byte.
+        overwrite: an existing directory may be replaced.
+        source: where the model came from, recorded in the manifest.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        config: Mapping[str, Any],
+        destination: Path,
+        *,
+        dtypes: Mapping[str, DType],
+        max_shard_size: int,
+        side_files_from: Path | None = None,
+        overwrite: bool = False,
+        source: Mapping[str, str] | None = None,
+    ) -> None:
+        self._layout = layout
+        self._config = config
+        self._side_files_from = side_files_from
+        self._source = dict(source or {})
+        self._leaf_dtypes = {p.leaf: dtypes[name] for name, t in layout.native.items() for p in t.view.pieces}
+        self._target: TargetFiles = hf.plan_repository(
+            repository_tensors(layout, self._leaf_dtypes), max_shard_size=max_shard_size
+        )
+        self._extents = store_extents(self._target.store, None)
+        self._staging = Staging(Path(destination), overwrite=overwrite)
+
+    def prepare(self) -> None:
+        """Takes the lock, checks the disk and makes the files at their final sizes.
+
+        Raises:
+            CkptError: the output exists, is locked, or does not fit on the disk.
+        """
+        self._staging.__enter__()
+        check_disk(self._staging.path, sum(self._target.store.files.values()) + SLACK)
+        self._staging.resume("export").close()
+        with FileWriter(self._staging.path) as writer:
+            write_frames(self._target, writer)
+
+    def write(self, boxes: Sequence[Box], *, threads: int | None = None) -> None:
+        """Writes the elements of these boxes into the files and syncs them."""
+        source = _memory_store(self._layout, boxes)
+        copies = [
+            LeafCopy(leaf, 0, (part,), tuple(self._extents[leaf]), dtype, self._leaf_dtypes[leaf])
+            for leaf, part, dtype in _box_extents(self._layout, source)
+        ]
+        with FileWriter(self._staging.path) as writer:
+            _run_parts(copies, lambda copy: copy.source[0], _files(boxes), writer, threads)
+            writer.sync()
+
+    def commit(self) -> None:
+        """Adds index, config and side files, and renames the directory to its final name."""
+        manifest = Manifest(self._layout.family, LAYOUT_VERSION, "hf", TOOL, self._source)
+        side_files = repository_side_files(self._config, self._side_files_from, self._leaf_dtypes)
+        write_side_files(self._staging, self._target.documents, side_files, manifest)
+        self._staging.commit()
+        self._staging.__exit__()
+
+    def abort(self) -> None:
+        """Removes what was made and lets the lock go; the destination is as it was."""
+        self._staging.discard()
+        self._staging.__exit__()
+
+
+def _memory_store(layout: Layout, boxes: Sequence[Box]) -> Store:
+    """A store whose files are the boxes: `0`, `1`, ... by their order."""
+    tensors: dict[str, StoredTensor] = {}
+    for index, box in enumerate(boxes):
+        shape = layout.native[box.name].shape
+        inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
+            o >= 0 and o + n <= s for o, n, s in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        chunk = Chunk(box.offsets, box.sizes, str(index), 0)
+        if not inside or len(box.data) != box.dtype.nbytes(chunk.numel):
+            raise LayoutError(f"a box of {box.name} at {box.offsets} of {box.sizes} does not fit its shape {shape}")
+        known = tensors.get(box.name)
+        if known is not None and known.dtype is not box.dtype:
+            raise LayoutError(f"boxes of {box.name} are {known.dtype} and {box.dtype}")
+        tensors[box.name] = StoredTensor(box.name, box.dtype, shape, (*(known.chunks if known else ()), chunk))
+    return Store(Path(), "memory", tensors, {str(i): len(box.data) for i, box in enumerate(boxes)})
+
+
+def _box_extents(layout: Layout, store: Store) -> Iterator[tuple[str, Extent, DType]]:
+    for name, tensor in store.tensors.items():
+        if layout.is_identity:
+            for part in leaf_extents(tensor):
+                yield name, part, tensor.dtype
+            continue
+        for leaf, part in native_extents(tensor, layout.native[name].view):
+            yield leaf, part, tensor.dtype
+
+
+def _extents_of(checkpoint: Checkpoint, leaves: set[str]) -> dict[str, list[Extent]]:
+    store = checkpoint.store
+    if checkpoint.side == "hf":
+        return {leaf: leaf_extents(store.tensors[leaf]) for leaf in leaves}
+    found: dict[str, list[Extent]] = {leaf: [] for leaf in leaves}
+    for name, tensor in store.tensors.items():
+        view = checkpoint.layout.native[name].view
+        if any(piece.leaf in leaves for piece in view.pieces):
+            for leaf, part in native_extents(tensor, view):
+                if leaf in leaves:
+                    found[leaf].append(part)
+    return found
+
+
+def _files(boxes: Sequence[Box]) -> MemoryFiles:
+    return MemoryFiles((str(i), box.data) for i, box in enumerate(boxes))
+
+
+def _run_parts(copies, part_of, reader, writer, threads) -> None:  # type: ignore[no-untyped-def]
+    """Runs copies that concern only the elements of one extent each: a copy becomes tasks dense in the leaf."""
+    tasks = (
+        Task(0, copy, low, high) for copy in copies for low, high in dense_ranges(part_of(copy), copy.source_itemsize)
+    )
+    run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
+
+
+def dense_ranges(part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the extent's elements and no others."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(part.sizes, part.leaf_strides, strict=True))
+    if reach == part.numel:
+        yield part.leaf_start, part.leaf_start + reach
+        return
+    outer = part.leaf_strides[0]
+    for step in range(part.sizes[0]):
+        low = part.leaf_start + step * outer
+        for inner in part.within(low, low + reach - (part.sizes[0] - 1) * outer, itemsize):
+            yield from dense_ranges(inner, itemsize)

@@ -1,0 +1,48 @@
+"""The files beside the tensors: what a native checkpoint carries and what a repository is published with."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.families import family_of
+from ckpt_tools.formats import hf
+from ckpt_tools.formats.config import portable_config
+
+HF_FOLDER = "hf"
+
+
+def native_side_files(source: Checkpoint) -> dict[str, Path | bytes]:
+    """config.json and every other side file, byte for byte, under `hf/`."""
+    names = source.side_files
+    if (source.side_root / hf.CONFIG).exists():
+        names = (hf.CONFIG, *names)
+    return {f"{HF_FOLDER}/{name}": source.side_root / name for name in names}
+
+
+def repository_side_files(
+    config: Mapping[str, Any], side_root: Path | None, leaf_dtypes: Mapping[str, DType]
+) -> dict[str, Path | bytes]:
+    """Side files byte for byte, and a config.json that every reader understands.
+
+    Args:
+        config: the source's config; fields are added, never dropped.
+        side_root: directory of the other side files, None for none.
+        leaf_dtypes: of the tensors in the repository; the most frequent floating-point one is the config's dtype.
+    """
+    names = hf.side_files(side_root) if side_root else ()
+    files: dict[str, Path | bytes] = {name: side_root / name for name in names} if side_root else {}
+    if config:
+        floats = Counter(dtype for dtype in leaf_dtypes.values() if dtype.is_float)
+        dtype = floats.most_common(1)[0][0] if floats else None
+        written = portable_config(dict(config), dtype=dtype)
+        family = family_of(config)
+        if family is not None:
+            written["architectures"] = written.get("architectures") or [family.architecture]
+        files[hf.CONFIG] = (json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return files

@@ -1,0 +1,77 @@
+"""The files of an output, planned: which tensors, of which dtype, in which file at which position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Literal
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.engine.plan import Plan, native_dtypes, plan_copy, target_dtypes
+from ckpt_tools.engine.sharding import ShardingMesh, boxes
+from ckpt_tools.formats import dcp, hf, sharded_safetensors
+from ckpt_tools.layouts.layout import Layout
+
+NativeFormat = Literal["dcp", "safetensors"]
+Placement = tuple[tuple[int, ...], tuple[int, ...], str]
+Tensors = dict[str, tuple[DType, tuple[int, ...], list[Placement]]]
+
+
+def plan_native(
+    source: Checkpoint,
+    *,
+    mesh: ShardingMesh | None,
+    file_format: NativeFormat,
+    dtype: DType | None,
+    max_file_size: int,
+) -> Plan:
+    """The plan of a native checkpoint, sharded for `mesh` or whole in files of at most `max_file_size` bytes."""
+    leaf_dtypes = target_dtypes(source, dtype)
+    dtypes = native_dtypes(source.layout, leaf_dtypes)
+    place = _whole(source.layout, dtypes, max_file_size) if mesh is None else _sharded(source.layout, mesh)
+    tensors: Tensors = {name: (dtypes[name], t.shape, []) for name, t in source.layout.native.items()}
+    for name, offsets, sizes, number in place:
+        file = f"__{number}_0.distcp" if mesh else f"__0_{number}.distcp"
+        if file_format == "safetensors":
+            file = f"shard-{number + 1:05d}-model-00001-of-00001.safetensors"
+        tensors[name][2].append((offsets, sizes, file))
+    planner = dcp.plan_dcp if file_format == "dcp" else sharded_safetensors.plan_sharded
+    target: TargetFiles = planner(tensors)
+    return plan_copy(source, target, "native", leaf_dtypes)
+
+
+def plan_huggingface(source: Checkpoint, *, dtype: DType | None, max_shard_size: int) -> Plan:
+    """The plan of a Hugging Face repository in shards of at most `max_shard_size` bytes."""
+    leaf_dtypes = target_dtypes(source, dtype)
+    target = hf.plan_repository(repository_tensors(source.layout, leaf_dtypes), max_shard_size=max_shard_size)
+    return plan_copy(source, target, "hf", leaf_dtypes)
+
+
+def repository_tensors(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str, tuple[DType, tuple[int, ...]]]:
+    """The tensors of a repository in the order of its files: by name, numbers in names by value."""
+    names = sorted(leaf_dtypes, key=_natural)
+    return {name: (leaf_dtypes[name], layout.leaves[name].shape) for name in names}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
+def _whole(
+    layout: Layout, dtypes: Mapping[str, DType], max_file_size: int
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    number = filled = 0
+    for name, tensor in layout.native.items():
+        size = dtypes[name].nbytes(prod(tensor.shape))
+        if filled and filled + size > max_file_size:
+            number, filled = number + 1, 0
+        filled += size
+        yield name, (0,) * len(tensor.shape), tensor.shape, number
+
+
+def _sharded(layout: Layout, mesh: ShardingMesh) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    for name, tensor in layout.native.items():
+        for rank, offsets, sizes in boxes(tensor.shape, mesh, stacked=name in layout.stacked):
+            yield name, offsets, sizes, rank

@@ -1,0 +1,258 @@
+"""Checks of a checkpoint: structure from headers, digests, and equality with another checkpoint bit for bit.
+
+Both comparisons stream: two windows are in memory for each thread, never a tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, listed
+from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.engine.digest import ALGORITHM, combine
+from ckpt_tools.engine.execute import Progress, Task, run_threads, tasks_of, windows
+from ckpt_tools.engine.extents import Extent, addressable, leaf_extents
+from ckpt_tools.engine.files import FileReader, storage_errors
+from ckpt_tools.engine.plan import LeafCopy
+from ckpt_tools.engine.transfer import Window, gather
+
+
+@dataclass
+class Checks:
+    """What was checked, in words for a report, and how much."""
+
+    tensors: int = 0
+    elements: int = 0
+    nbytes: int = 0
+    done: list[str] = field(default_factory=list)
+
+
+def verify_structure(checkpoint: Checkpoint) -> Checks:
+    """Every leaf is there exactly once, with the shape that the config says.
+
+    Raises:
+        LayoutError: one is not.
+    """
+    extents = checkpoint.extents()
+    sizes = [checkpoint.layout.leaves[name].numel for name in extents]
+    checks = Checks(len(extents), sum(sizes), checkpoint.store.nbytes)
+    checks.done.append(f"structure: {len(extents):,} tensors, each element there exactly once")
+    return checks
+
+
+def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None) -> list[str]:
+    """Compares every digest that the manifest records; returns what was compared, in words.
+
+    Raises:
+        MismatchError: a tensor, a blob or a side file does not have its digest.
+        FormatError: the manifest records digests by an algorithm that this version does not know.
+    """
+    manifest = checkpoint.manifest
+    if manifest is None:
+        return ["digests: none recorded (no ckpt-manifest.json); values were not checked"]
+    if manifest.digest != ALGORITHM:
+        raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
+    done = []
+    if manifest.tensors is not None:
+        found = leaf_digests(checkpoint, threads=threads, progress=progress)
+        _compare(found, manifest.tensors, "tensors", checkpoint.root)
+        done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
+    if manifest.blobs:
+        count = _verify_blobs(checkpoint, threads, progress)
+        done.append(f"digests: {count:,} blobs have the bytes that training saved")
+    if manifest.tensors is None and not manifest.blobs:
+        done.append("digests: the manifest records none for tensors; values were not checked")
+    if manifest.side_files:
+        files = {name: _file_digest(checkpoint.root / name) for name in manifest.side_files}
+        _compare(files, manifest.side_files, "side files", checkpoint.root)
+        done.append(f"digests: {len(files):,} side files are as they were written")
+    return done
+
+
+def _compare(found: dict[str, str], recorded: dict[str, str], what: str, root: Path) -> None:
+    wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+    if wrong:
+        raise MismatchError(
+            f"{root}: {len(wrong):,} {what} do not have the digest that was recorded\n{listed(wrong)}",
+            hint="the files were changed or damaged after they were written; make or fetch them again",
+        )
+
+
+def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None) -> dict[str, str]:
+    """The digest of every leaf, read through the layout."""
+    copies = _reads(checkpoint)
+    found: dict[tuple[str, int], bytes] = {}
+
+    with FileReader(checkpoint.root) as reader:
+
+        def act(task: Task) -> None:
+            digest = xxhash.xxh3_128()
+            for window in windows(task, reader):
+                digest.update(window.data)
+                if progress is not None:
+                    progress.advance(len(window.data))
+            found[task.copy.name, task.low] = digest.digest()
+
+        if progress is not None:
+            progress.start("hashing", checkpoint.store.nbytes)
+        run_threads(tasks_of(copies), act, threads)
+        reader.check_unchanged()
+    return {c.name: combine([found[c.name, low] for low, _ in c.segments()]) for c in copies}
+
+
+def compare(
+    checkpoint: Checkpoint, other: Checkpoint, *, threads: int | None = None, progress: Progress | None = None
+) -> int:
+    """Compares two checkpoints bit for bit, each read through its own side of the layout.
+
+    Returns:
+        the number of leaves compared.
+
+    Raises:
+        LayoutError: names or dtypes differ.
+        MismatchError: values differ; the tensors are listed with the first element that does.
+    """
+    _same_leaves(checkpoint, other)
+    theirs = {copy.name: copy for copy in _reads(other)}
+    different: dict[str, int] = {}
+    lock = threading.Lock()
+    with FileReader(checkpoint.root) as reader, FileReader(other.root) as other_reader:
+
+        def act(task: Task) -> None:
+            first = _difference(task, theirs[task.copy.name], reader, other_reader, progress)
+            if first is not None:
+                with lock:
+                    different[task.copy.name] = min(first, different.get(task.copy.name, first))
+
+        if progress is not None:
+            progress.start("comparing", checkpoint.store.nbytes)
+        copies = _reads(checkpoint)
+        run_threads(tasks_of(copies), act, threads)
+        reader.check_unchanged()
+        other_reader.check_unchanged()
+    if different:
+        lines = [f"{name}: first at element {first:,}" for name, first in sorted(different.items())]
+        raise MismatchError(
+            f"{len(different):,} of {len(copies):,} tensors of {checkpoint.root} differ from {other.root}\n"
+            + listed(lines)
+        )
+    return len(copies)
+
+
+def _same_leaves(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    mine, theirs = checkpoint.leaf_dtypes(), other.leaf_dtypes()
+    faults = [f"only in {checkpoint.root}: {name}" for name in sorted(mine.keys() - theirs.keys())]
+    faults += [f"only in {other.root}: {name}" for name in sorted(theirs.keys() - mine.keys())]
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] is not theirs[name]:
+            faults.append(f"{name} is {mine[name]} in {checkpoint.root} and {theirs[name]} in {other.root}")
+        elif checkpoint.layout.leaves[name].shape != other.layout.leaves[name].shape:
+            faults.append(f"{name} has different shapes")
+    if faults:
+        raise LayoutError(f"the checkpoints do not hold the same tensors:\n{listed(faults)}")
+
+
+def _difference(
+    task: Task, twin: LeafCopy, reader: FileReader, other_reader: FileReader, progress: Progress | None = None
+) -> int | None:
+    """The first item of the segment that differs in the twin, or None."""
+    for window in windows(task, reader):
+        buffer = memoryview(bytearray(len(window.data)))
+        gather(twin.source, Window(buffer, window.low, window.high, window.itemsize), other_reader)
+        if window.data != buffer:
+            return window.low + _first_difference(window.data, buffer) // window.itemsize
+        if progress is not None:
+            progress.advance(len(buffer))
+    return None
+
+
+def _first_difference(a: memoryview, b: memoryview) -> int:
+    low, high = 0, len(a)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if a[low:middle] != b[low:middle] else (middle, high)
+    return low
+
+
+def _reads(checkpoint: Checkpoint) -> list[LeafCopy]:
+    """The leaves of a checkpoint to be read, in the order of its files."""
+    dtypes = checkpoint.leaf_dtypes()
+    copies = [
+        _read(name, dtypes[name], checkpoint.layout.leaves[name].numel, extents)
+        for name, extents in checkpoint.extents().items()
+    ]
+    copies.sort(key=lambda c: (c.source[0].file, c.source[0].position) if c.source else ("", 0))
+    return copies
+
+
+def _read(name: str, dtype: DType, numel: int, extents: list[Extent]) -> LeafCopy:
+    _, items = addressable(dtype, numel)
+    return LeafCopy(name, items, tuple(sorted(extents, key=lambda e: e.leaf_start)), (), dtype, dtype)
+
+
+def _verify_blobs(checkpoint: Checkpoint, threads: int | None, progress: Progress | None) -> int:
+    blobs = checkpoint.manifest.blobs if checkpoint.manifest else {}
+    todo: Iterator[tuple[str, int, int, str]] = (
+        (file, position, length, digest) for file, entries in blobs.items() for position, length, digest in entries
+    )
+    wrong: list[str] = []
+    with FileReader(checkpoint.root) as reader:
+
+        def act(blob: tuple[str, int, int, str]) -> None:
+            file, position, length, recorded = blob
+            if _range_digest(reader, file, position, length, progress) != recorded:
+                wrong.append(f"{file} at byte {position:,}")
+
+        if progress is not None:
+            progress.start("hashing", sum(e[1] for entries in blobs.values() for e in entries))
+        run_threads(todo, act, threads)
+    if wrong:
+        raise MismatchError(
+            f"{checkpoint.root}: {len(wrong):,} blobs do not have their recorded digest\n{listed(sorted(wrong))}",
+            hint="the checkpoint was damaged after training saved it; use an earlier one",
+        )
+    return sum(len(entries) for entries in blobs.values())
+
+
+def _range_digest(reader: FileReader, file: str, position: int, length: int, progress: Progress | None) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(length, 256 << 10)))
+    for at in range(0, length, len(buffer) or 1):
+        view = buffer[: min(len(buffer), length - at)]
+        reader.read(file, position + at, view)
+        digest.update(view)
+        if progress is not None:
+            progress.advance(len(view))
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with storage_errors("read", path):
+        return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else "absent"
+
+
+def check_duplicates(checkpoint: Checkpoint) -> None:
+    """Tied names that the files hold all the same must have the values of the tensor that they are tied to.
+
+    transformers 4 and SGLang tie such a checkpoint and transformers 5 and vLLM read the file, so one that differs means
+    two models in one; it is refused rather than resolved.
+
+    Raises:
+        MismatchError: the values differ.
+    """
+    for name, tensor in checkpoint.duplicates.items():
+        twin = checkpoint.store.tensors[checkpoint.layout.tied[name]]
+        pair = [_read(t.name, t.dtype, t.numel, leaf_extents(t)) for t in (tensor, twin)]
+        with FileReader(checkpoint.root) as reader:
+            differ = any(_difference(task, pair[1], reader, reader) is not None for task in tasks_of(pair[:1]))
+        if differ:
+            raise MismatchError(
+                f"{checkpoint.root}: config.json ties {name} to {twin.name}, but the files hold different values",
+                hint="set tie_word_embeddings to false in config.json to keep both, or remove one",
+            )

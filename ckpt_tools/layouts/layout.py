@@ -1,0 +1,183 @@
+"""A family's rules resolved for one config: every expected name, shape and piece on both sides.
+
+`Shape` carries what a config says (sizes, kinds of layers, flags); `Layout` is the result that the rest of the
+project works with. Resolving opens no file and allocates no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+from ckpt_tools.core.errors import LayoutError, listed
+from ckpt_tools.core.names import fields, fill, nearest
+from ckpt_tools.layouts import algebra
+from ckpt_tools.layouts.algebra import View
+from ckpt_tools.layouts.rules import Leaf, Rule, Scope
+
+
+Side = Literal["hf", "native"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a family reads out of a config.
+
+    Attributes:
+        sizes: numbers behind the size names of the rules.
+        layers: kind of each layer, in order, for example `("dense", "moe", "moe")`.
+        experts: number of experts, the length of the `{expert}` axis.
+        flags: conditions that hold, for rules with `when`.
+    """
+
+    sizes: Mapping[str, int]
+    layers: tuple[str, ...]
+    experts: int = 0
+    flags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class LeafTensor:
+    """A tensor expected in the Hugging Face repository."""
+
+    name: str
+    shape: tuple[int, ...]
+    keep_dtype: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeTensor:
+    """A tensor of the native model, as a view of leaves, and the rule that made it (None for identity)."""
+
+    name: str
+    view: View
+    rule: Rule | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The correspondence between a Hugging Face repository and a native checkpoint.
+
+    Attributes:
+        family: name of the family, `identity` where names are the same on both sides.
+        native: tensors of the native side by name.
+        leaves: tensors of the Hugging Face side by name.
+        tied: name on disk that may be absent because it shares the weights of another name.
+        dropped: templates of names that old repositories carry and that hold no weights.
+        stacked: native names that are stacked over experts along dimension 0.
+    """
+
+    family: str
+    native: Mapping[str, NativeTensor]
+    leaves: Mapping[str, LeafTensor]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    stacked: frozenset[str] = frozenset()
+
+    @property
+    def is_identity(self) -> bool:
+        return self.family == "identity"
+
+    def views(self, side: Side, names: Iterable[str]) -> dict[str, View] | None:
+        """The view of each named tensor of a side, or None where the tensors are the leaves themselves."""
+        if side == "hf" or self.is_identity:
+            return None
+        return {name: self.native[name].view for name in names}
+
+    def check_names(self, found: Iterable[str], side: Side, where: str) -> None:
+        """Compares names with the expected ones of a side (`hf` or `native`).
+
+        Raises:
+            LayoutError: names are missing or unexpected; all of them are counted and the first listed.
+        """
+        expected = self.leaves if side == "hf" else self.native
+        names = set(found)
+        missing = sorted(expected.keys() - names)
+        unexpected = sorted(names - expected.keys())
+        if not missing and not unexpected:
+            return
+        lines = [f"{where} does not hold the tensors of a {self.family} model:"]
+        if missing:
+            lines.append(f"{len(missing):,} missing\n{listed(missing)}")
+        if unexpected:
+            close = ((name, nearest(name, missing or expected)) for name in unexpected[:10])
+            shown = [f"{name}  (nearest expected name: {near})" if near else name for name, near in close]
+            lines.append(f"{len(unexpected):,} unexpected\n{listed(shown + unexpected[10:])}")
+        raise LayoutError("\n".join(lines), hint="`ckpt inspect` shows what is there, `ckpt explain` what is expected")
+
+
+def resolve(family: str, rules: Iterable[Rule], shape: Shape, **extra: object) -> Layout:
+    """The layout of `rules` for a config's `shape`.
+
+    Raises:
+        LayoutError: two rules make the same native tensor, or use elements of a leaf twice or not at all.
+    """
+    native: dict[str, NativeTensor] = {}
+    leaves: dict[str, LeafTensor] = {}
+    used: dict[str, int] = {}
+    stacked: set[str] = set()
+    for rule in rules:
+        if not _holds(rule.when, shape.flags):
+            continue
+        for scope in _scopes(rule, shape):
+            name = fill(rule.native, **scope.indices)
+            view = rule.value.view(scope)
+            if name in native:
+                raise LayoutError(f"two rules of {family} make {name}")
+            native[name] = NativeTensor(name, view, rule)
+            for piece in view.pieces:
+                used[piece.leaf] = used.get(piece.leaf, 0) + piece.numel
+            for node in rule.value.leaves():
+                for tensor in _leaf_tensors(node, scope):
+                    leaves[tensor.name] = tensor
+                if "expert" in fields(node.template):
+                    stacked.add(name)
+    for leaf in leaves.values():
+        if used.get(leaf.name) != leaf.numel:
+            raise LayoutError(f"{family}: the rules use {used.get(leaf.name)} of {leaf.numel} elements of {leaf.name}")
+    return Layout(family, native, leaves, stacked=frozenset(stacked), **extra)  # type: ignore[arg-type]
+
+
+def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The layout of an architecture that has no native form: every name and shape as it is."""
+    return Layout(
+        "identity",
+        {name: NativeTensor(name, algebra.leaf(name, shape)) for name, shape in tensors.items()},
+        {name: LeafTensor(name, tuple(shape)) for name, shape in tensors.items()},
+    )
+
+
+def _holds(condition: str | None, flags: frozenset[str]) -> bool:
+    if condition is None:
+        return True
+    return condition[1:] not in flags if condition.startswith("!") else condition in flags
+
+
+def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
+    axes = {"layer": len(shape.layers), "expert": shape.experts}
+    if "layer" not in fields(rule.native):
+        yield Scope(shape.sizes, axes, {})
+        return
+    for index, kind in enumerate(shape.layers):
+        if rule.layers is None or rule.layers == kind:
+            yield Scope(shape.sizes, axes, {"layer": index})
+
+
+def _leaf_tensors(node: Leaf, scope: Scope) -> Iterator[LeafTensor]:
+    sizes = tuple(scope.size(s) for s in node.sizes)
+    if "expert" not in fields(node.template):
+        yield LeafTensor(fill(node.template, **scope.indices), sizes, node.keep_dtype)
+        return
+    template = fill(node.template, **scope.indices)
+    for expert in range(scope.axes["expert"]):
+        yield LeafTensor(fill(template, expert=expert), sizes, node.keep_dtype)
