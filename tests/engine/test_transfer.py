@@ -1,0 +1,76 @@
+"""Gathering and scattering strided extents through windows, against numpy, at every window boundary."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided
+
+from ckpt_tools.engine.extents import Extent, extent
+from ckpt_tools.engine.files import MemoryFiles
+from ckpt_tools.engine.memory import dense_ranges
+from ckpt_tools.engine.transfer import Window, gather, scatter
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[Extent, int, int, int]:
+    """An extent that maps a whole box of a leaf to a permuted, padded box of a file, and its sizes."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    itemsize = draw(st.sampled_from([1, 2, 4, 8]))
+    leaf_strides, total = [], 1
+    for n in reversed(shape):
+        leaf_strides.insert(0, total)
+        total *= n
+    file_strides, reach = [0] * len(shape), draw(st.integers(1, 2))
+    for dim in draw(st.permutations(range(len(shape)))):
+        file_strides[dim] = reach
+        reach *= shape[dim] + draw(st.integers(0, 6))
+    start = draw(st.integers(0, 3)) * itemsize
+    made = extent("f", start, 0, shape, tuple(leaf_strides), tuple(file_strides))
+    return made, total, itemsize, start // itemsize + 1 + sum(
+        (n - 1) * s for n, s in zip(shape, file_strides, strict=True)
+    )
+
+
+@given(placements(), st.integers(1, 40))
+def test_windows_of_any_size_gather_what_numpy_reads_and_scatter_it_back(
+    case: tuple[Extent, int, int, int], step: int
+) -> None:
+    part, total, itemsize, length = case
+    rng = np.random.default_rng(0)
+    file = rng.integers(0, 255, length * itemsize, dtype=np.uint8)
+    items = file.view(f"u{itemsize}")
+    source = as_strided(
+        items[part.position // itemsize :], part.sizes, tuple(s * itemsize for s in part.file_strides)
+    )
+    expected = np.empty(total, items.dtype)
+    as_strided(expected, part.sizes, tuple(s * itemsize for s in part.leaf_strides))[...] = source
+
+    back = np.zeros_like(file)
+    read, written = MemoryFiles([("f", memoryview(file))]), MemoryFiles([("f", memoryview(back))])
+    for low in range(0, total, step):
+        high = min(low + step, total)
+        window = Window(memoryview(bytearray((high - low) * itemsize)), low, high, itemsize)
+        gather([part], window, read)
+        assert bytes(window.data) == expected[low:high].tobytes()
+        scatter([part], window, written)
+    again = as_strided(
+        back.view(items.dtype)[part.position // itemsize :], part.sizes, tuple(s * itemsize for s in part.file_strides)
+    )
+    assert np.array_equal(again, source)
+    assert np.count_nonzero(back) <= np.count_nonzero(source.view(np.uint8) if source.flags.c_contiguous else file)
+
+
+@given(placements())
+def test_dense_ranges_hold_the_elements_of_an_extent_and_no_others(case: tuple[Extent, int, int, int]) -> None:
+    part, _, itemsize, _ = case
+    sparse = Extent("f", 0, 5, part.sizes, part.file_strides, part.leaf_strides)  # walk the leaf as the file was
+    order = sorted(range(len(sparse.sizes)), key=lambda i: -sparse.leaf_strides[i])
+    sparse = Extent("f", 0, 5, *(tuple(t[i] for i in order) for t in (sparse.sizes, sparse.leaf_strides, sparse.file_strides)))
+    offsets = np.zeros((), dtype=np.int64)
+    for n, s in zip(sparse.sizes, sparse.leaf_strides, strict=True):
+        offsets = offsets[..., None] + np.arange(n) * s
+    expected = sorted(int(o) + 5 for o in offsets.reshape(-1))
+    found = sorted(i for low, high in dense_ranges(sparse, itemsize) for i in range(low, high))
+    assert found == expected

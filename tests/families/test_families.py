@@ -1,0 +1,95 @@
+"""Each family against the real published names, and against what its config says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from ckpt_tools.core.errors import LayoutError, UsageError
+from ckpt_tools.families import FAMILIES, family_of, get_family, layout_for
+from tests.checkpoints import CONFIGS
+
+MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def test_qwen3_30b_a3b_has_exactly_the_published_names_and_shapes() -> None:
+    published = json.loads(gzip.decompress((MANIFESTS / "Qwen3-30B-A3B.json.gz").read_bytes()))
+    layout = layout_for(QWEN3_30B_A3B)
+    assert layout is not None
+    assert {name: list(leaf.shape) for name, leaf in layout.leaves.items()} == published
+
+
+def test_qwen3_30b_a3b_native_experts_are_out_by_in() -> None:
+    layout = layout_for(QWEN3_30B_A3B)
+    assert layout is not None
+    assert layout.native["model.layers.47.mlp.experts.gate_up_proj"].shape == (128, 1536, 2048)
+    assert layout.native["model.layers.47.mlp.experts.down_proj"].shape == (128, 2048, 768)
+    assert layout.native["model.layers.0.self_attn.qkv_proj.weight"].shape == ((32 + 8) * 128, 2048)
+    assert len(layout.native) == 3 + 48 * 9
+
+
+@pytest.mark.parametrize(
+    ("only_dense", "step", "kinds"),
+    [([], 1, "mmmm"), ([1], 1, "mdmm"), ([], 2, "dmdm"), ([3], 2, "dmdd")],
+)
+def test_qwen3_moe_layers_are_dense_where_the_config_says(only_dense: list[int], step: int, kinds: str) -> None:
+    config = {
+        **CONFIGS["qwen3_moe"],
+        "num_hidden_layers": 4,
+        "mlp_only_layers": only_dense,
+        "decoder_sparse_step": step,
+    }
+    layout = layout_for(config)
+    assert layout is not None
+    for index, kind in enumerate(kinds):
+        assert (f"model.layers.{index}.mlp.experts.gate_up_proj" in layout.native) == (kind == "m")
+        assert (f"model.layers.{index}.mlp.gate_up_proj.weight" in layout.native) == (kind == "d")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_of_a_family_hold_the_same_number_of_elements(family: str) -> None:
+    layout = layout_for(CONFIGS[family])
+    assert layout is not None
+    native = sum(piece.numel for tensor in layout.native.values() for piece in tensor.view.pieces)
+    assert native == sum(leaf.numel for leaf in layout.leaves.values())
+
+
+def test_tied_embeddings_are_on_disk_once() -> None:
+    layout = layout_for({**CONFIGS["qwen2"], "tie_word_embeddings": True})
+    assert layout is not None
+    assert "lm_head.weight" not in layout.leaves
+    assert layout.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        get_family("qwen3-moe")
+    assert "qwen3_moe" in (caught.value.hint or "")
+
+
+def test_an_architecture_without_a_native_form_has_no_family() -> None:
+    assert family_of({"model_type": "gpt2"}) is None
+
+
+def test_a_config_without_a_needed_field_says_which() -> None:
+    config = {k: v for k, v in CONFIGS["mixtral"].items() if k != "num_local_experts"}
+    with pytest.raises(LayoutError, match="num_local_experts"):
+        layout_for(config)
