@@ -169,7 +169,9 @@ def test_a_tied_name_on_disk_is_dropped_when_equal_and_refused_when_not(tmp_path
     source = make_repository(tmp_path / "source", family, tie_word_embeddings=True)
     config = json.loads((source / "config.json").read_bytes())
     shapes = _shapes(source)
-    tensors = {n: (DTYPES["BF16"], s) for n, s in {**shapes, "lm_head.weight": shapes["model.embed_tokens.weight"]}.items()}
+    tensors = {
+        n: (DTYPES["BF16"], s) for n, s in {**shapes, "lm_head.weight": shapes["model.embed_tokens.weight"]}.items()
+    }
     different = write_repository(tmp_path / "different", tensors, config)
     with pytest.raises(MismatchError, match=r"ties lm_head\.weight"):
         convert(different, tmp_path / "native")
@@ -200,7 +202,7 @@ def test_missing_and_unexpected_tensors_are_refused_before_the_first_write(tmp_p
     shapes = _shapes(source)
     shapes["model.layers.0.mlp.experts.9.gate_proj.weight"] = shapes.pop("model.norm.weight")
     broken = write_repository(tmp_path / "broken", {n: (DTYPES["BF16"], s) for n, s in shapes.items()}, config)
-    with pytest.raises(LayoutError, match="1 missing\n  model.norm.weight\n1 unexpected"):
+    with pytest.raises(LayoutError, match=r"1 missing\n  model\.norm\.weight\n1 unexpected"):
         convert(broken, tmp_path / "native")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "source"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,6 @@ from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor
 from ckpt_tools.engine.extents import extent
 from ckpt_tools.engine.prove import covers, prove_chunks, prove_files
-from pathlib import Path
 
 Nest = tuple[int, tuple[int, ...], tuple[int, ...]]
 

@@ -28,8 +28,11 @@ def placements(draw: st.DrawFn) -> tuple[Extent, int, int, int]:
         reach *= shape[dim] + draw(st.integers(0, 6))
     start = draw(st.integers(0, 3)) * itemsize
     made = extent("f", start, 0, shape, tuple(leaf_strides), tuple(file_strides))
-    return made, total, itemsize, start // itemsize + 1 + sum(
-        (n - 1) * s for n, s in zip(shape, file_strides, strict=True)
+    return (
+        made,
+        total,
+        itemsize,
+        start // itemsize + 1 + sum((n - 1) * s for n, s in zip(shape, file_strides, strict=True)),
     )
 
 
@@ -41,9 +44,7 @@ def test_windows_of_any_size_gather_what_numpy_reads_and_scatter_it_back(
     rng = np.random.default_rng(0)
     file = rng.integers(0, 255, length * itemsize, dtype=np.uint8)
     items = file.view(f"u{itemsize}")
-    source = as_strided(
-        items[part.position // itemsize :], part.sizes, tuple(s * itemsize for s in part.file_strides)
-    )
+    source = as_strided(items[part.position // itemsize :], part.sizes, tuple(s * itemsize for s in part.file_strides))
     expected = np.empty(total, items.dtype)
     as_strided(expected, part.sizes, tuple(s * itemsize for s in part.leaf_strides))[...] = source
 
@@ -67,7 +68,9 @@ def test_dense_ranges_hold_the_elements_of_an_extent_and_no_others(case: tuple[E
     part, _, itemsize, _ = case
     sparse = Extent("f", 0, 5, part.sizes, part.file_strides, part.leaf_strides)  # walk the leaf as the file was
     order = sorted(range(len(sparse.sizes)), key=lambda i: -sparse.leaf_strides[i])
-    sparse = Extent("f", 0, 5, *(tuple(t[i] for i in order) for t in (sparse.sizes, sparse.leaf_strides, sparse.file_strides)))
+    sparse = Extent(
+        "f", 0, 5, *(tuple(t[i] for i in order) for t in (sparse.sizes, sparse.leaf_strides, sparse.file_strides))
+    )
     offsets = np.zeros((), dtype=np.int64)
     for n, s in zip(sparse.sizes, sparse.leaf_strides, strict=True):
         offsets = offsets[..., None] + np.arange(n) * s

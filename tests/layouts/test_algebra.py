@@ -19,7 +19,7 @@ from ckpt_tools.layouts.algebra import View
 Arrays = dict[str, np.ndarray]
 
 
-def numbered(name: str, shape: tuple[int, ...], start: int) -> np.ndarray:
+def numbered(shape: tuple[int, ...], start: int) -> np.ndarray:
     return np.arange(start, start + prod(shape), dtype=np.int64).reshape(shape)
 
 
@@ -60,7 +60,7 @@ def expressions(draw: st.DrawFn) -> tuple[View, np.ndarray, Arrays]:
 
     def leaf(shape: tuple[int, ...]) -> tuple[View, np.ndarray]:
         name = f"leaf{len(leaves)}"
-        leaves[name] = numbered(name, shape, 1000 * len(leaves))
+        leaves[name] = numbered(shape, 1000 * len(leaves))
         return algebra.leaf(name, shape), leaves[name]
 
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
