@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_tools.core.dtypes import DType, parse_dtype
-from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine import describe
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
@@ -401,7 +401,10 @@ def list_families() -> list[FamilyReport]:
 def _dtype(text: str | None) -> DType | None:
     if text is None:
         return None
-    dtype = parse_dtype(text)
+    try:
+        dtype = parse_dtype(text)
+    except FormatError as error:
+        raise UsageError(f"--dtype {text}: {error.message}", hint=error.hint) from None
     if not dtype.is_float:
         raise UsageError(f"--dtype {text}: only BF16, F16, F32 and F64 can be cast to")
     return dtype

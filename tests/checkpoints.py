@@ -84,7 +84,9 @@ def write_repository(
     return root
 
 
-def make_repository(root: Path, family: str = "qwen3_moe", *, seed: int = 0, dtype: str = "BF16", **config: Any) -> Path:
+def make_repository(
+    root: Path, family: str = "qwen3_moe", *, seed: int = 0, dtype: str = "BF16", **config: Any
+) -> Path:
     """A tiny Hugging Face repository of a family; keyword arguments change its config."""
     described = {**CONFIGS[family], **config}
     layout = layout_for(described)

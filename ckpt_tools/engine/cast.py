@@ -14,7 +14,7 @@ def cast(data: memoryview, source: DType, target: DType) -> memoryview:
 
     with np.errstate(over="ignore", invalid="ignore"):
         converted = np.frombuffer(data, _numpy(source)).astype(_numpy(target))
-    return memoryview(converted.view(np.uint8))
+    return converted.view(np.uint8).data
 
 
 def _numpy(dtype: DType):  # type: ignore[no-untyped-def]

@@ -53,7 +53,7 @@ class CopyOptions:
         if fitting < 1:
             raise ResourceError(
                 f"a memory bound of {self.memory:,} bytes is below the {PER_THREAD:,} that one thread needs",
-                hint=f"give --memory {PER_THREAD >> 20}MB or more",
+                hint=f"give --memory {PER_THREAD >> 20}MiB or more",
             )
         return min(wanted, fitting)
 

@@ -121,7 +121,7 @@ def execute(
     return digests
 
 
-def run_threads(tasks: Iterator[T], act: Callable[[T], None], threads: int | None) -> None:
+def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:
     """Calls `act` for each task from several threads; the first error stops all of them and is raised here."""
     lock = threading.Lock()
     failures: list[BaseException] = []

@@ -6,10 +6,10 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ckpt_tools.core.errors import InputChangedError, StorageError
 from ckpt_tools.core.paths import open_input
@@ -170,11 +170,11 @@ def _allocate(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def _load_sync_file_range():  # type: ignore[no-untyped-def]
+def _load_sync_file_range() -> Callable[[int, int, int, int], int] | None:
     function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if function is not None:
         function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
+    return cast("Callable[[int, int, int, int], int] | None", function)
 
 
 _SYNC_FILE_RANGE_WRITE = 2

@@ -6,7 +6,7 @@ are written into the final files. Nothing is gathered and no whole tensor is hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ckpt_tools.engine.plan import LeafCopy
 from ckpt_tools.engine.sides import repository_side_files
 from ckpt_tools.engine.staging import Staging
 from ckpt_tools.engine.targets import repository_tensors
+from ckpt_tools.engine.transfer import Reader, Writer
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats import hf
 from ckpt_tools.layouts.layout import Layout
@@ -219,7 +220,13 @@ def _files(boxes: Sequence[Box]) -> MemoryFiles:
     return MemoryFiles((str(i), box.data) for i, box in enumerate(boxes))
 
 
-def _run_parts(copies, part_of, reader, writer, threads) -> None:  # type: ignore[no-untyped-def]
+def _run_parts(
+    copies: Sequence[LeafCopy],
+    part_of: Callable[[LeafCopy], Extent],
+    reader: Reader,
+    writer: Writer,
+    threads: int | None,
+) -> None:
     """Runs copies that concern only the elements of one extent each: a copy becomes tasks dense in the leaf."""
     tasks = (
         Task(0, copy, low, high) for copy in copies for low, high in dense_ranges(part_of(copy), copy.source_itemsize)

@@ -85,7 +85,7 @@ def _gather_strided(part: Extent, window: Window, reader: Reader) -> None:
         _each_outer(part, window.itemsize, lambda inner: gather((inner,), window, reader))
         return
     scratch = np.empty(reach, _item(window.itemsize))
-    reader.read(part.file, part.position, memoryview(scratch).cast("B"))
+    reader.read(part.file, part.position, scratch.data.cast("B"))
     _leaf_view(part, window)[...] = _strided(scratch, 0, part.sizes, part.file_strides)
 
 
@@ -98,7 +98,7 @@ def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
         return
     scratch = np.empty(reach, _item(window.itemsize))
     _strided(scratch, 0, part.sizes, part.file_strides)[...] = _leaf_view(part, window)
-    writer.write(part.file, part.position, memoryview(scratch).cast("B"))
+    writer.write(part.file, part.position, scratch.data.cast("B"))
 
 
 def _file_reach(part: Extent) -> int:

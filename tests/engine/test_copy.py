@@ -374,3 +374,18 @@ def test_no_plan_step_opens_tensor_data(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CkptError):
         plan(source, to="sideways")
     assert staging.JOURNAL not in os.listdir(source)
+
+
+def test_each_header_is_parsed_once_however_many_tensors_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt_tools.formats import hf
+
+    source = make_repository(tmp_path / "source", num_experts=32)
+    parsed: list[Path] = []
+    read_header = hf.read_header
+    monkeypatch.setattr(hf, "read_header", lambda path: parsed.append(path) or read_header(path))
+    report = convert(source, tmp_path / "native")
+    files = list(source.glob("*.safetensors"))
+    assert report.tensors > 100
+    assert sorted(parsed) == sorted(files)
