@@ -1,0 +1,133 @@
+"""A config.json that transformers 4 and 5, vLLM and SGLang read alike: both spellings of every renamed field.
+
+transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype` and falls back silently to defaults when it finds
+only the names of transformers 5, `rope_parameters` and `dtype`. Fields are added, and none is dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Final
+
+from ckpt_tools.core.dtypes import BY_TORCH_NAME, DType
+from ckpt_tools.core.errors import UsageError
+
+_EXPERT_ALIASES: Final = ("num_experts", "num_local_experts")
+_EXPERT_ALIAS_FAMILIES: Final = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_next"})
+_ARCHITECTURES: Final = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}
+_NESTED: Final = ("text_config", "llm_config")
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def portable_config(config: dict[str, object], *, dtype: DType | None = None) -> dict[str, object]:
+    """A copy of `config` with both spellings of every field that readers spell differently.
+
+    Args:
+        config: the source's config.json.
+        dtype: element type of the files that are written; replaces both dtype fields where it is given.
+
+    Raises:
+        UsageError: `dtype` is no torch type.
+    """
+    result = copy.deepcopy(config)
+    _complete(result, None if dtype is None else _torch_name(dtype), top=True)
+    return result
+
+
+def config_dtype(config: dict[str, object]) -> DType | None:
+    """The element type that config.json names, at the top or in its text part."""
+    for part in (config, *(config.get(key) for key in _NESTED)):
+        if isinstance(part, dict):
+            name = part.get("dtype") or part.get("torch_dtype")
+            if isinstance(name, str):
+                return BY_TORCH_NAME.get(name.removeprefix("torch."))
+    return None
+
+
+def _torch_name(dtype: DType) -> str:
+    if dtype.torch_name is None:
+        raise UsageError(f"config.json cannot name the element type {dtype}, which torch has not")
+    return dtype.torch_name
+
+
+def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> None:
+    _complete_rope(config)
+    _complete_dtype(config, dtype, top=top)
+    model_type = config.get("model_type")
+    if model_type in _EXPERT_ALIAS_FAMILIES:
+        _mirror(config, *_EXPERT_ALIASES)
+    if top and not config.get("architectures") and isinstance(model_type, str) and model_type in _ARCHITECTURES:
+        config["architectures"] = [_ARCHITECTURES[model_type]]
+    for key in _NESTED:
+        part = config.get(key)
+        if isinstance(part, dict):
+            _complete(part, dtype, top=False)
+
+
+def _mirror(config: dict[str, object], first: str, second: str) -> None:
+    if config.get(first) is not None:
+        config.setdefault(second, config[first])
+    elif config.get(second) is not None:
+        config[first] = config[second]
+
+
+def _complete_dtype(config: dict[str, object], dtype: str | None, *, top: bool) -> None:
+    named = config.get("dtype") or config.get("torch_dtype")
+    if dtype is not None and (top or named is not None):
+        named = dtype
+    if named is not None:
+        config["dtype"] = config["torch_dtype"] = named
+
+
+def _complete_rope(config: dict[str, object]) -> None:
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict):
+        if any(isinstance(value, dict) for value in parameters.values()):
+            _add_old_layered(config, parameters)
+        else:
+            _add_old(config, parameters)
+    elif config.get("rope_theta") is not None:
+        config["rope_parameters"] = _new_parameters(config)
+
+
+def _add_old(config: dict[str, object], parameters: dict[str, object]) -> None:
+    """The fields of transformers 4 from one set of `rope_parameters`; fields that are there stay."""
+    scaling = dict(parameters)
+    theta = scaling.pop("rope_theta", None)
+    fraction = scaling.pop("partial_rotary_factor", None)
+    if theta is not None:
+        config.setdefault("rope_theta", theta)
+    if fraction is not None:
+        config.setdefault("partial_rotary_factor", fraction)
+    config.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+
+
+def _add_old_layered(config: dict[str, object], parameters: dict[str, object]) -> None:
+    """The fields of transformers 4 from `rope_parameters` by layer type (Gemma 3): global, and local base frequency."""
+    whole, local = parameters.get(_GLOBAL), parameters.get(_LOCAL)
+    if isinstance(whole, dict):
+        _add_old(config, whole)
+    if isinstance(local, dict) and local.get("rope_theta") is not None:
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+
+
+def _new_parameters(config: dict[str, object]) -> dict[str, object]:
+    """`rope_parameters` of transformers 5 from the fields of transformers 4."""
+    scaling = config.get("rope_scaling")
+    parameters: dict[str, object] = dict(scaling) if isinstance(scaling, dict) else {}
+    parameters.setdefault("rope_type", parameters.pop("type", None) or "default")
+    parameters["rope_theta"] = config["rope_theta"]
+    if config.get("partial_rotary_factor") is not None:
+        parameters["partial_rotary_factor"] = config["partial_rotary_factor"]
+    local = config.get("rope_local_base_freq")
+    if local is None:
+        return parameters
+    return {_GLOBAL: parameters, _LOCAL: {"rope_type": "default", "rope_theta": local}}
