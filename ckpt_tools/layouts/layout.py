@@ -17,7 +17,6 @@ from ckpt_tools.layouts import algebra
 from ckpt_tools.layouts.algebra import View
 from ckpt_tools.layouts.rules import Leaf, Rule, Scope
 
-
 Side = Literal["hf", "native"]
 
 
