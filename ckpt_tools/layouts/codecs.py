@@ -34,7 +34,8 @@ def _e4m3() -> Floats:
     import ml_dtypes
     import numpy as np
 
-    return np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values: Floats = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return values
 
 
 def to_bf16(values: Floats) -> Words:
@@ -163,4 +164,5 @@ def encode_mxfp4(values: Floats) -> tuple[Bytes, Bytes]:
     for number, edge in enumerate(edges):
         codes += scaled > edge if number % 2 == 0 else scaled >= edge
     codes |= np.signbit(values).astype(np.uint8) << 3
-    return codes[:, 0::2] | codes[:, 1::2] << 4, (power + 127).astype(np.uint8)
+    packed: Bytes = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    return packed, (power + 127).astype(np.uint8)
