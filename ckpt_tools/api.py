@@ -214,7 +214,7 @@ def consolidate(
     options = _options(overwrite, threads, memory, progress)
     if not dry_run:
         check_duplicates(checkpoint)
-        dtypes = {copy.name: copy.target_dtype for copy in plan.copies}
+        dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, dtypes)
         run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
     return _report(plan, None if dry_run else destination, options, started)
@@ -441,7 +441,7 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
         len(plan.copies),
         plan.nbytes_written,
         len(plan.target.store.files),
-        sum(copy.casts for copy in plan.copies),
+        sum(copy.changes_values for copy in plan.copies),
         dropped,
         len(source.store.skipped),
         threads * PER_THREAD,

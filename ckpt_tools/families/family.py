@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_tools.core.errors import UsageError
+from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
 from ckpt_tools.layouts.layout import Layout, Shape, resolve
 from ckpt_tools.layouts.rules import Rule
 
 LAYOUT_VERSION = 1
 """Raised when a native name, shape or order of any family changes; recorded in every manifest."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Another form of a family's Hugging Face side: quantised, or with other names.
+
+    Attributes:
+        name: the name on the command line, such as `fp8`.
+        encoding: key of `ckpt_tools.layouts.encodings.ENCODINGS`.
+        encoded: templates of the leaves that are written encoded; in a checkpoint that is read, names decide.
+        rules: rules of this form where they differ from the family's.
+    """
+
+    name: str
+    encoding: str
+    encoded: tuple[str, ...]
+    rules: tuple[Rule, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,7 @@ class Family:
         rules: one for each native tensor.
         tied: names absent from disk when `tie_word_embeddings` is set, with the name they share.
         dropped: templates of names that are on disk in some repositories and hold no weights.
+        forms: other forms of the Hugging Face side.
     """
 
     name: str
@@ -36,9 +56,49 @@ class Family:
     rules: tuple[Rule, ...]
     tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     dropped: tuple[str, ...] = ()
+    forms: tuple[Form, ...] = ()
 
-    def layout(self, config: Mapping[str, Any]) -> Layout:
-        """The layout for one config; raises `LayoutError` when the config is not of this family's form."""
+    def layout(self, config: Mapping[str, Any], *, form: str = "", names: Collection[str] | None = None) -> Layout:
+        """The layout for one config.
+
+        Args:
+            config: content of config.json.
+            form: name of the form of the Hugging Face side, empty for the plain one.
+            names: the names of a checkpoint that is read: its form, and which leaves are encoded, is then read from
+                them and `form` is not looked at.
+
+        Raises:
+            LayoutError: the config is not of this family's form.
+            UsageError: the family has no such form.
+        """
         shape = self.shape(config)
         tied = dict(self.tied) if "tied" in shape.flags else {}
-        return resolve(self.name, self.rules, shape, tied=tied, dropped=self.dropped)
+        chosen = self._form(form) if names is None else self._form_of(names)
+        extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped, "form": chosen.name if chosen else ""}
+        if chosen is None:
+            return resolve(self.name, self.rules, shape, None, **extra)
+        encoding, rules = ENCODINGS[chosen.encoding], chosen.rules or self.rules
+
+        def encoding_of(template: str, name: str) -> Encoding | None:
+            if names is None:
+                return encoding if template in chosen.encoded else None
+            return encoding if all(part in names for part in encoding.part_names(name)) else None
+
+        return resolve(self.name, rules, shape, encoding_of, **extra)
+
+    def _form(self, name: str) -> Form | None:
+        if not name:
+            return None
+        for form in self.forms:
+            if form.name == name:
+                return form
+        known = ", ".join(form.name for form in self.forms) or "none"
+        raise UsageError(f"{self.title} has no form {name!r}", hint=f"its quantised forms: {known}")
+
+    def _form_of(self, names: Collection[str]) -> Form | None:
+        for form in self.forms:
+            # The last part (scales) has a name that no plain checkpoint has.
+            suffix = ENCODINGS[form.encoding].part_names("")[-1]
+            if any(name.endswith(suffix) for name in names):
+                return form
+        return None
