@@ -49,6 +49,17 @@ class Checkpoint:
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
 
+    @property
+    def digests(self) -> Mapping[str, str] | None:
+        """Digests of the leaves that the manifest records, None where it has none for leaves of this form."""
+        manifest = self.manifest
+        return manifest.tensors if manifest is not None and manifest.form == self.layout.leaf_form else None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether leaves are stored in a quantised form."""
+        return self.side == "hf" and any(leaf.encoding for leaf in self.layout.leaves.values())
+
     def ends(self) -> dict[str, End]:
         """Where every leaf lies, each proven to be there exactly once.
 
@@ -73,13 +84,14 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(path: Path, *, family: str | None = None, form: str = "") -> Checkpoint:
+def open_checkpoint(path: Path, *, family: str | None = None, form: str | None = None) -> Checkpoint:
     """Opens a Hugging Face repository, a native checkpoint or a training checkpoint from its headers.
 
     Args:
         path: its directory.
         family: name of the family, `identity` for names as they are; None reads it from config.json.
-        form: for a native checkpoint, the form of the Hugging Face side that it is seen against, such as `fp8`.
+        form: for a native checkpoint, the form of the Hugging Face side that it is seen against: `fp8`, empty for the
+            plain one, None for the one that its manifest speaks of.
 
     Raises:
         NotFoundError: there is nothing there.
@@ -90,10 +102,11 @@ def open_checkpoint(path: Path, *, family: str | None = None, form: str = "") ->
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
     store, side_root, config, side_files = _open_files(path)
+    manifest = read_manifest(path)
+    if form is None:
+        form = manifest.form if manifest else ""
     layout, side, duplicates, dropped = _recognise(store, config, family, form, path)
-    checkpoint = Checkpoint(
-        path, store, layout, side, config, side_root, side_files, read_manifest(path), duplicates, dropped
-    )
+    checkpoint = Checkpoint(path, store, layout, side, config, side_root, side_files, manifest, duplicates, dropped)
     _check_shapes(checkpoint)
     return checkpoint
 

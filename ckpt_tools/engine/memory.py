@@ -156,8 +156,8 @@ class RepositoryExport:
 
     def commit(self) -> None:
         """Adds index, config and side files, and renames the directory to its final name."""
-        manifest = Manifest(self._layout.family, LAYOUT_VERSION, "hf", TOOL, self._source)
-        side_files = repository_side_files(self._config, self._side_files_from, self._leaf_dtypes)
+        manifest = Manifest(self._layout.family, LAYOUT_VERSION, "hf", TOOL, source=self._source)
+        side_files = repository_side_files(self._config, self._side_files_from, self._layout, self._leaf_dtypes)
         write_side_files(self._staging, self._target.documents, side_files, manifest)
         self._staging.commit()
         self._staging.__exit__()

@@ -6,7 +6,7 @@ Both comparisons stream: two windows are in memory for each thread, never a tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,9 +59,9 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     if manifest.digest != ALGORITHM:
         raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
     done = []
-    if manifest.tensors is not None:
+    if checkpoint.digests is not None:
         found = leaf_digests(checkpoint, threads=threads, progress=progress)
-        _compare(found, manifest.tensors, "tensors", checkpoint.root)
+        _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
     if manifest.blobs:
         count = _verify_blobs(checkpoint, threads, progress)
@@ -75,7 +75,7 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     return done
 
 
-def _compare(found: dict[str, str], recorded: dict[str, str], what: str, root: Path) -> None:
+def _compare(found: Mapping[str, str], recorded: Mapping[str, str], what: str, root: Path) -> None:
     wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     if wrong:
         raise MismatchError(

@@ -15,6 +15,15 @@ LAYOUT_VERSION = 1
 """Raised when a native name, shape or order of any family changes; recorded in every manifest."""
 
 
+FP8_BLOCKS: Mapping[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+"""`quantization_config` of the FP8 releases of DeepSeek and Qwen."""
+
+
 @dataclass(frozen=True)
 class Form:
     """Another form of a family's Hugging Face side: quantised, or with other names.
@@ -23,12 +32,16 @@ class Form:
         name: the name on the command line, such as `fp8`.
         encoding: key of `ckpt_tools.layouts.encodings.ENCODINGS`.
         encoded: templates of the leaves that are written encoded; in a checkpoint that is read, names decide.
+        quantization_config: what config.json says of it when the source's config does not.
+        lists_plain_modules: readers also need the names of the modules that are not encoded.
         rules: rules of this form where they differ from the family's.
     """
 
     name: str
     encoding: str
     encoded: tuple[str, ...]
+    quantization_config: Mapping[str, Any]
+    lists_plain_modules: bool = False
     rules: tuple[Rule, ...] | None = None
 
 
@@ -74,9 +87,10 @@ class Family:
         shape = self.shape(config)
         tied = dict(self.tied) if "tied" in shape.flags else {}
         chosen = self._form(form) if names is None else self._form_of(names)
-        extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped, "form": chosen.name if chosen else ""}
+        extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped}
         if chosen is None:
             return resolve(self.name, self.rules, shape, None, **extra)
+        extra |= {"form": chosen.name, "leaf_form": chosen.name if chosen.rules else ""}
         encoding, rules = ENCODINGS[chosen.encoding], chosen.rules or self.rules
 
         def encoding_of(template: str, name: str) -> Encoding | None:
@@ -85,6 +99,26 @@ class Family:
             return encoding if all(part in names for part in encoding.part_names(name)) else None
 
         return resolve(self.name, rules, shape, encoding_of, **extra)
+
+    def quantization_config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any] | None:
+        """What config.json has to say of the form that `layout` has on disk; None for a plain one.
+
+        Args:
+            config: of the source; its own description is kept where it is of the same method.
+            layout: of the checkpoint that is written.
+        """
+        form = self._form(layout.form)
+        if form is None:
+            return None
+        described = config.get("quantization_config")
+        if isinstance(described, Mapping) and described.get("quant_method") == form.quantization_config["quant_method"]:
+            return described
+        if not form.lists_plain_modules:
+            return form.quantization_config
+        plain = [
+            leaf.name for leaf in layout.leaves.values() if leaf.encoding is None and leaf.name.endswith(".weight")
+        ]
+        return {**form.quantization_config, "modules_to_not_convert": [name.removesuffix(".weight") for name in plain]}
 
     def _form(self, name: str) -> Form | None:
         if not name:

@@ -84,6 +84,7 @@ class Layout:
         dropped: templates of names that old repositories carry and that hold no weights.
         stacked: native names that are stacked over experts along dimension 0.
         form: name of the Hugging Face side's form, such as `fp8`; empty for the one in plain floating point.
+        leaf_form: name of the form whose rules name the leaves: `form` where it has rules of its own, else empty.
     """
 
     family: str
@@ -93,6 +94,7 @@ class Layout:
     dropped: tuple[str, ...] = ()
     stacked: frozenset[str] = frozenset()
     form: str = ""
+    leaf_form: str = ""
 
     @property
     def is_identity(self) -> bool:
@@ -151,6 +153,8 @@ def resolve(
             if name in native:
                 raise LayoutError(f"two rules of {family} make {name}")
             native[name] = NativeTensor(name, view, rule)
+            if rule.stacked:
+                stacked.add(name)
             for piece in view.pieces:
                 used[piece.leaf] = used.get(piece.leaf, 0) + piece.numel
             for node in rule.value.leaves():
@@ -176,7 +180,7 @@ def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
 def _holds(condition: str | None, flags: frozenset[str]) -> bool:
     if condition is None:
         return True
-    return condition[1:] not in flags if condition.startswith("!") else condition in flags
+    return all((part[1:] not in flags) if part.startswith("!") else part in flags for part in condition.split("&"))
 
 
 def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
