@@ -1,0 +1,50 @@
+"""`ckpt consolidate`: native or training checkpoint -> Hugging Face repository."""
+
+from __future__ import annotations
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.output import Output
+
+EXAMPLES = (
+    "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
+    "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
+)
+
+
+def consolidate(
+    source: options.Checkpoint,
+    destination: options.Destination,
+    dtype: options.Dtype = None,
+    family: options.Family = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    threads: options.Threads = None,
+    memory: options.Memory = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a Hugging Face repository out of a native checkpoint.
+
+    Or out of what training saved. transformers 4 and 5, vLLM and SGLang load the result; the tokenizer's files are the
+    source's, byte for byte. A rerun after an interruption goes on where it stopped.
+    """
+    from ckpt_tools import api
+    from ckpt_tools.cli.copying import copy_lines, next_step
+
+    out = Output(json, quiet)
+    with out.progress() as progress:
+        report = api.consolidate(
+            source,
+            destination,
+            dtype=dtype,
+            family=family,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            memory=memory,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    out.done(report, copy_lines(report))
+    out.hint(next_step(report, source))

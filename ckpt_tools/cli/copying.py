@@ -1,0 +1,45 @@
+"""What a conversion, a consolidation or their plan looks like to people; three verbs share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from ckpt_tools.cli.text import aligned, counted, duration
+from ckpt_tools.core.sizes import format_size
+
+if TYPE_CHECKING:
+    from ckpt_tools.api import CopyReport
+
+_SIDES = {"hf": "Hugging Face", "native": "native"}
+
+
+def copy_lines(report: CopyReport) -> list[str]:
+    """The report as aligned lines."""
+    return aligned(_rows(report))
+
+
+def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
+    planned = report.destination is None
+    yield "plan" if planned else "made", report.destination or "nothing was written"
+    yield "from", f"{report.source} ({report.family}, {_SIDES[report.source_side]})"
+    yield "to", f"{_SIDES[report.target_side]}, {counted(report.files, 'file')}, {format_size(report.nbytes)}"
+    yield "tensors", f"{report.tensors:,}" + (f", {report.casts:,} of them cast" if report.casts else "")
+    for name, reason in report.dropped.items():
+        yield "left out", f"{name}: {reason}"
+    if report.skipped:
+        yield "skipped", f"{counted(report.skipped, 'entry', 'entries')} that are not weights of the model"
+    if planned:
+        yield "memory", f"at most {format_size(report.memory)} in {counted(report.threads, 'thread')}"
+    else:
+        rate = f" ({format_size(report.nbytes / report.seconds)}/s)" if report.seconds else ""
+        yield "time", f"{duration(report.seconds)}{rate}"
+
+
+def next_step(report: CopyReport, source: str) -> str:
+    """The command that checks what was made, or that makes what was planned."""
+    if report.destination is not None:
+        return f"compare every value: ckpt verify {quote(report.destination)} --against {quote(source)}"
+    verb = "convert" if report.target_side == "native" else "consolidate"
+    return f"the same options make it: ckpt {verb} {quote(source)} DST"

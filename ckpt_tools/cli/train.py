@@ -1,0 +1,134 @@
+"""`ckpt train`: distributed training from one YAML file. The only verb that reaches the training half, and lazily."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckpt_tools.cli import options
+from ckpt_tools.cli.output import Output
+from ckpt_tools.core.errors import CkptError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+EXAMPLES = (
+    "ckpt train train.yaml",
+    "ckpt train train.yaml --nproc-per-node 8 --set mesh.ep=4 --set steps=20",
+    "torchrun --nnodes 4 --nproc-per-node 8 ... -m ckpt_tools train train.yaml",
+)
+
+
+STDERR = 2
+"""Descriptor of standard error."""
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run. Example: train.yaml")],
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc-per-node",
+            min=1,
+            help="Start this many processes on this machine under torchrun. Default: train in this process. "
+            "Example: --nproc-per-node 8",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value of the config; dots go into sections. May be repeated. "
+            "Example: --set optimizer.lr=1e-4",
+        ),
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train on a device mesh, resume, and export a repository.
+
+    One YAML file describes the run. A rerun resumes at the last save, on the same mesh or another one. Steps are logged
+    on stderr and in metrics.jsonl. Needs torch and transformers: pip install 'nemo-automodel-ckpt[train]'.
+    """
+    changes = overrides or []
+    _check(config, changes)
+    # What training and its libraries print joins the log; with --json stdout carries the report alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        if nproc_per_node is None:
+            report: DataclassInstance | Mapping[str, object] = _train_here(config, changes, quiet)
+        else:
+            report = _train_under_torchrun(config, changes, nproc_per_node, quiet, report=json)
+    # The log ends with the report's lines, so there is nothing more to say to people.
+    Output(json, quiet).done(report, ())
+
+
+class TrainingFailed(CkptError):
+    """The processes of torchrun ended badly; what they said is on stderr."""
+
+    def __init__(self, exit_code: int) -> None:
+        hint = "the first error above is that of the rank that failed"
+        super().__init__(f"training ended with exit code {exit_code}", hint=hint)
+        self.exit_code = exit_code
+
+
+def _check(config: str, overrides: Sequence[str]) -> None:
+    """Refuses what is wrong before torch is imported or a process is started."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise CkptError(
+            f"training needs {' and '.join(missing)}, which this Python does not have",
+            hint=f"{sys.executable} -m pip install 'nemo-automodel-ckpt[train]'",
+        )
+    if not os.path.isfile(config):
+        raise NotFoundError(f"there is no config {config}", hint="examples/ holds some to start from")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set {override!r} is not KEY=VALUE", hint="example: --set optimizer.lr=1e-4")
+
+
+def _train_here(config: str, overrides: Sequence[str], quiet: bool) -> DataclassInstance:
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    report: DataclassInstance = import_module("automodel.training").run(config, list(overrides))
+    return report
+
+
+def _train_under_torchrun(
+    config: str, overrides: Sequence[str], processes: int, quiet: bool, *, report: bool
+) -> Mapping[str, object]:
+    """Runs this verb in each of the processes; the content of report.json if `report`.
+
+    Raises:
+        TrainingFailed: torchrun ended with another exit code than 0; 128 and the number of a signal that ended it.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "ckpt_tools", "train", config]
+    command += [text for override in overrides for text in ("--set", override)]
+    child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        # The terminal has sent Ctrl-C to torchrun too, which ends its processes first.
+        child.wait()
+        raise
+    if code:
+        raise TrainingFailed(code if code > 0 else 128 - code)
+    return _written_report(config, overrides) if report else {}
+
+
+def _written_report(config: str, overrides: Sequence[str]) -> Mapping[str, object]:
+    output: Path = import_module("automodel.training").load_config(Path(config), list(overrides)).output_dir
+    written: dict[str, object] = json_module.loads((output / "report.json").read_text(encoding="utf-8"))
+    return written
