@@ -322,6 +322,8 @@ def plan(
     mesh: str | None = None,
     file_format: NativeFormat = "dcp",
     dtype: str | None = None,
+    dequantize: bool = False,
+    quantize: str | None = None,
     family: str | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
@@ -336,6 +338,8 @@ def plan(
         mesh: as for `convert`.
         file_format: as for `convert`.
         dtype: as for both.
+        dequantize: as for `convert`.
+        quantize: as for `consolidate`.
         family: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
@@ -350,6 +354,7 @@ def plan(
             path,
             "",
             dtype=dtype,
+            quantize=quantize,
             family=family,
             max_shard_size=max_file_size,
             memory=memory,
@@ -362,6 +367,7 @@ def plan(
         mesh=mesh,
         file_format=file_format,
         dtype=dtype,
+        dequantize=dequantize,
         family=family,
         max_file_size=max_file_size,
         memory=memory,

@@ -95,8 +95,9 @@ def encode_fp8(values: Floats) -> tuple[Bytes, Floats]:
     blocks = padded.reshape(height, FP8_BLOCK, width, FP8_BLOCK)
     largest = np.abs(np.where(np.isfinite(blocks), blocks, np.float32(0))).max(axis=(1, 3))
     scales = np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
-    scaled = blocks / scales[:, None, :, None]
-    codes = np.clip(scaled, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    with np.errstate(invalid="ignore"):
+        scaled = np.clip(blocks / scales[:, None, :, None], -FP8_MAX, FP8_MAX)
+    codes = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     return np.ascontiguousarray(codes.reshape(padded.shape)[:rows, :columns]), scales
 
 
@@ -153,7 +154,7 @@ def encode_mxfp4(values: Floats) -> tuple[Bytes, Bytes]:
     """
     import numpy as np
 
-    finite = np.isfinite(values).all(axis=1)
+    finite = np.asarray(np.isfinite(values).all(axis=1))
     values = np.where(finite[:, None], values, np.float32(0))
     largest = np.abs(values).max(axis=1)
     _, exponent = np.frexp(largest)
