@@ -102,7 +102,8 @@ def leaf_extents(tensor: StoredTensor) -> list[Extent]:
     _, items = addressable(tensor.dtype, tensor.numel)
     if not items:
         return []
-    if len(tensor.chunks) == 1 and tensor.chunks[0].strides is None:
+    whole = len(tensor.chunks) == 1 and tensor.chunks[0].sizes == tensor.shape
+    if whole and tensor.chunks[0].strides is None:
         chunk = tensor.chunks[0]
         return [Extent(chunk.file, chunk.position, 0, (items,), (1,), (1,))]
     strides = row_major(tensor.shape)

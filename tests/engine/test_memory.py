@@ -19,7 +19,7 @@ from ckpt_tools.engine.files import FileReader
 from ckpt_tools.engine.memory import Box, RepositoryExport, check_names, load_boxes
 from ckpt_tools.engine.sharding import ShardingMesh, boxes
 from ckpt_tools.families import FAMILIES
-from tests.checkpoints import make_repository, tensor_bytes
+from tests.checkpoints import make_repository, tensor_bytes, write_repository
 
 BF16 = DTYPES["BF16"]
 
@@ -135,3 +135,10 @@ def test_an_aborted_export_leaves_nothing_and_an_existing_output_is_refused(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     with pytest.raises(OutputExistsError):
         RepositoryExport(checkpoint.layout, {}, source, dtypes=dtypes, max_shard_size=10**9)
+
+
+def test_a_part_of_a_tensor_of_an_unknown_architecture_is_read_from_its_place(tmp_path: Path) -> None:
+    source = write_repository(tmp_path / "source", {"w": (BF16, (6, 4))}, {"model_type": "somebody-elses"})
+    data = bytearray(2 * 4 * 2)
+    load_boxes(open_checkpoint(source), [Box("w", (3, 0), (2, 4), BF16, memoryview(data))])
+    assert bytes(data) == tensor_bytes(source)["w"][3 * 8 : 5 * 8]

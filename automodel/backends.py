@@ -1,0 +1,155 @@
+"""Which implementation runs each kind of layer, and why not a faster one.
+
+A `Backend` is what the user asked for, one field per kind of layer. The `resolve_*` functions turn it into the
+kernel that runs on a device and dtype, with the reason; layers and `BackendReport` use the same functions, so
+that the report is what happens. A kernel that was asked for by name and cannot run is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+
+from automodel.kernels.experts import ExpertsKernel, grouped_mm_obstacle
+from automodel.logging import get_logger, log_once
+from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.names import nearest
+
+_logger = get_logger(__name__)
+
+ExpertsChoice = Literal["auto", "torch", "grouped_mm"]
+NormChoice = Literal["auto", "torch", "fused"]
+NormKernel = Literal["torch", "fused"]
+AttentionKernel = Literal["sdpa", "eager"]
+ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The implementation wanted for each kind of layer; `"auto"` takes the fastest that can run.
+
+    Attributes:
+        experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call.
+        norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
+    """
+
+    experts: ExpertsChoice = "auto"
+    norm: NormChoice = "auto"
+
+    @classmethod
+    def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
+        """A `Backend` from `"auto"`, `"torch"` (references everywhere), or a mapping such as `{"experts": "torch"}`.
+
+        Raises:
+            UsageError: an unknown layer or kernel; the message names the nearest one.
+        """
+        if isinstance(value, Backend):
+            return value
+        if value is None or value == "auto":
+            return cls()
+        if isinstance(value, str):
+            value = {field.name: value for field in fields(cls)} if value == "torch" else {"experts": value}
+        choices = {"experts": get_args(ExpertsChoice), "norm": get_args(NormChoice)}
+        for layer, kernel in value.items():
+            if layer not in choices:
+                raise UsageError(
+                    f"backend names no kind of layer {layer!r}",
+                    hint=f"did you mean {nearest(layer, choices) or ' or '.join(choices)}?",
+                )
+            if kernel not in choices[layer]:
+                raise UsageError(
+                    f"no {layer} backend is called {kernel!r}", hint=f"choose one of {', '.join(choices[layer])}"
+                )
+        return cls(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The kernel that runs, and why a faster one does not (empty when it is the fastest)."""
+
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedExperts(Resolved):
+    """`Resolved` for experts."""
+
+    kernel: ExpertsKernel = "torch"
+
+
+def resolve_experts(
+    backend: Backend, device: torch.device, dtype: torch.dtype, hidden: int, width: int
+) -> ResolvedExperts:
+    """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
+
+    Raises:
+        UsageError: `grouped_mm` was asked for by name and cannot run.
+    """
+    if backend.experts == "torch":
+        return ResolvedExperts("torch", "asked for")
+    obstacle = grouped_mm_obstacle(device, dtype, hidden, width)
+    if obstacle is None:
+        return ResolvedExperts("grouped_mm")
+    if backend.experts == "grouped_mm":
+        raise UsageError(f"the experts backend grouped_mm cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedExperts("torch", obstacle)
+
+
+def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
+    """The RMSNorm kernel. `auto` takes the fused one on accelerators in half precision, where it saves bandwidth."""
+    if backend.norm != "auto":
+        return Resolved(backend.norm, "" if backend.norm == "fused" else "asked for")
+    if device.type == "cpu":
+        return Resolved("torch", "on CPU the reference rounds as transformers does, at no cost that matters")
+    if dtype == torch.float32:
+        return Resolved("torch", "FP32 keeps the reference")
+    return Resolved("fused")
+
+
+def require_attention(name: str | None) -> None:
+    """Refuse an attention implementation that native models do not have.
+
+    Raises:
+        UsageError: `name` is neither None nor one of `ATTENTION_KERNELS`.
+    """
+    if name is not None and name not in ATTENTION_KERNELS:
+        raise UsageError(
+            f"native models have no attention implementation {name!r}",
+            hint=f"pass attn_implementation={' or '.join(map(repr, ATTENTION_KERNELS))}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRow:
+    """One kind of layer: how many the model has, what runs them, and why not a faster kernel."""
+
+    layer: str
+    count: int
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """What runs each kind of layer of a model; `str(report)` is an aligned table."""
+
+    rows: tuple[BackendRow, ...]
+
+    def __str__(self) -> str:
+        table = [("layer", "count", "runs", "why not faster")]
+        table += [(row.layer, str(row.count), row.kernel, row.reason or "-") for row in self.rows]
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        return "\n".join(
+            "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in table
+        )
+
+    def log(self) -> None:
+        """Say once what falls short of the fastest kernel without having been asked for."""
+        for row in self.rows:
+            if row.reason and row.reason != "asked for":
+                log_once(_logger, logging.INFO, f"{row.layer}: running {row.kernel}: {row.reason}")

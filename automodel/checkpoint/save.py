@@ -1,0 +1,80 @@
+"""Saving a checkpoint from all ranks: complete and synced under its final name, or not there at all.
+
+Every rank writes its own tensors into a staging directory beside the final one; only when all have synced does the
+first rank add config and tokenizer (`hf/`) and the manifest, and rename it. An error on one rank is raised on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+
+from automodel.checkpoint.collective import dcp_call
+from automodel.checkpoint.directory import remove_old
+from automodel.checkpoint.writer import AlignedWriter, TensorPlanner
+from automodel.parallel.agree import raise_together
+from ckpt_tools.engine.manifest import MANIFEST, Manifest
+from ckpt_tools.engine.staging import Staging
+from ckpt_tools.families.family import LAYOUT_VERSION
+from ckpt_tools.version import TOOL
+
+
+def save_checkpoint(
+    directory: Path,
+    state: Mapping[str, torch.Tensor],
+    *,
+    family: str,
+    side_files: Mapping[str, bytes],
+    source: Mapping[str, str],
+    keep_last: int | None = None,
+    threads: int = 4,
+) -> None:
+    """Write `state` as the checkpoint `directory`, which all ranks share. All ranks call it together.
+
+    Args:
+        directory: final path; one that exists is replaced when the new one is complete.
+        state: tensors and DTensors by name; entries that all ranks have as plain tensors are written by one.
+        family: of the model's layout, for the manifest.
+        side_files: config, tokenizer and so on by relative path, written byte for byte into `hf/`.
+        source: where the model came from, for the manifest.
+        keep_last: delete all but the newest so many checkpoints beside `directory`; None keeps all.
+        threads: writer threads of each rank.
+
+    Raises:
+        StorageError: a rank could not write; nothing is left behind, and an older checkpoint is as it was.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with raise_together("finding the checkpoint directory"):
+        staging = Staging(directory, overwrite=True)
+    entered = False
+    try:
+        with raise_together("preparing the checkpoint directory"):
+            if first:
+                staging.__enter__()
+                entered = True
+                # What a killed save left here is of no use: its tensors are gone.
+                staging.discard()
+                staging.path.mkdir()
+        writer = AlignedWriter(staging.path, threads=threads)
+        with dcp_call(f"saving {directory}") as no_dist:
+            dcp.save(dict(state), storage_writer=writer, planner=TensorPlanner(), no_dist=no_dist)
+        with raise_together("completing the checkpoint"):
+            if first:
+                manifest = Manifest(family, LAYOUT_VERSION, "native", TOOL, dict(source), blobs=writer.blobs)
+                for name, data in side_files.items():
+                    staging.write_document(f"hf/{name}", data)
+                    manifest.side_files[f"hf/{name}"] = xxhash.xxh3_128_hexdigest(data)
+                staging.write_document(MANIFEST, manifest.to_json())
+                staging.commit()
+                if keep_last is not None:
+                    remove_old(directory.parent, keep_last)
+    finally:
+        if entered:
+            # After the commit there is nothing under the staging name any more.
+            staging.discard()
+            staging.__exit__()

@@ -1,0 +1,174 @@
+"""Everything that differs between transformers 4.57 and 5.x, so that no other module asks which one is installed.
+
+The native models call these functions with one set of arguments; each picks the spelling of the installed version.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig as PreTrainedConfig  # both versions have this spelling
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ckpt_tools.core.errors import UsageError
+
+TRANSFORMERS_5: bool = int(transformers.__version__.split(".")[0]) >= 5
+_MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+def rope_type(config: PreTrainedConfig) -> str:
+    """The config's kind of rotary embedding, `"default"` where it names none."""
+    parameters = _rope_parameters(config)
+    # "type" is the spelling of configs written before transformers 4.43.
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def rope_frequencies(
+    config: PreTrainedConfig, device: torch.device, seq_len: int | None = None
+) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies and the factor on cos and sin, by transformers' own formula for the config's rope type.
+
+    Args:
+        config: a transformers config in either spelling. Stock 4.57 ignores the spelling of 5.x without a word.
+        device: where the frequencies are computed and returned.
+        seq_len: current length in tokens, for the types that depend on it (`dynamic`, `longrope`).
+
+    Returns:
+        `inv_freq` [rotary dims / 2] in FP32, and the attention factor.
+
+    Raises:
+        ValueError: the rope type is not one that transformers knows.
+    """
+    kind = rope_type(config)
+    if kind == "default":
+        return _default_frequencies(config, device), 1.0
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"unknown rope type {kind!r}; transformers knows {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](_in_installed_spelling(config), device, seq_len=seq_len)
+    return inv_freq.to(device=device, dtype=torch.float32), float(factor)
+
+
+def original_max_positions(config: PreTrainedConfig) -> int:
+    """Sequence length that a `longrope` model was pretrained at, where its short factors end."""
+    from_rope = _rope_parameters(config).get("original_max_position_embeddings") if TRANSFORMERS_5 else None
+    # 4.57 looks for it beside the rope fields, never inside them.
+    return from_rope or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+
+
+def _rope_parameters(config: PreTrainedConfig) -> Mapping[str, Any]:
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+
+
+def _in_installed_spelling(config: PreTrainedConfig) -> PreTrainedConfig:
+    parameters = getattr(config, "rope_parameters", None)
+    if TRANSFORMERS_5 or not parameters:
+        return config
+    config = copy.copy(config)
+    config.rope_scaling = dict(parameters)
+    config.rope_theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    return config
+
+
+def _default_frequencies(config: PreTrainedConfig, device: torch.device) -> torch.Tensor:
+    # 5.x moved this formula from ROPE_INIT_FUNCTIONS into each model file, hence it is spelled here.
+    parameters = _rope_parameters(config)
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    dim = int(head_dim * partial)
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / dim
+    return 1.0 / (theta**exponent)
+
+
+def attention_mask_for(
+    config: PreTrainedConfig,
+    embeds_BSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+    cache_position: torch.Tensor,
+    sliding: bool,
+) -> torch.Tensor | None:
+    """The mask that `config._attn_implementation` takes: None where plain causal attention needs none.
+
+    Args:
+        embeds_BSD: input embeddings, for batch size, length, dtype and device.
+        attention_mask: [B, keys] with 0 at padding, a prepared [B, 1, S, keys] mask, or None.
+        past_key_values: the cache, when it may already hold keys.
+        position_ids: [B, S] only where documents are packed (positions restart); None otherwise.
+        cache_position: [S] index of each query token in the cache; read by 4.57 only.
+        sliding: limit attention to the config's `sliding_window`.
+    """
+    arguments: dict[str, object] = {
+        "config": config,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        "inputs_embeds": embeds_BSD,
+        "input_embeds": embeds_BSD,
+        "cache_position": cache_position,
+    }
+    create = create_sliding_window_causal_mask if sliding else create_causal_mask
+    return create(**{name: value for name, value in arguments.items() if name in _MASK_PARAMETERS})
+
+
+def update_cache(
+    cache: Cache,
+    key_BGSd: torch.Tensor,
+    value_BGSd: torch.Tensor,
+    layer: int,
+    cache_position: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append keys and values of one layer, and return all that the queries attend to."""
+    if TRANSFORMERS_5:
+        return cache.update(key_BGSd, value_BGSd, layer)
+    return cache.update(key_BGSd, value_BGSd, layer, {"cache_position": cache_position})
+
+
+def tied_weights_keys(target: str, source: str) -> dict[str, str] | list[str]:
+    """`_tied_weights_keys` of a model whose `target` parameter is its `source` parameter when the config ties them."""
+    return {target: source} if TRANSFORMERS_5 else [target]
+
+
+def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that config.json records (`dtype`, or `torch_dtype` in older files)."""
+    value = getattr(config, "dtype", None)
+    if value is None and not TRANSFORMERS_5:
+        value = getattr(config, "torch_dtype", None)
+    return getattr(torch, value) if isinstance(value, str) else value
+
+
+def merge_dtype(dtype: str | torch.dtype | None, torch_dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """One value from the two spellings of the argument; when neither is given, the installed version's default.
+
+    transformers 5 loads in the checkpoint's dtype (`"auto"`), 4.57 in torch's default dtype.
+
+    Raises:
+        UsageError: both are given and differ.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise UsageError(f"dtype={dtype} and torch_dtype={torch_dtype} disagree", hint="give one of them")
+    given = dtype if dtype is not None else torch_dtype
+    if given is not None:
+        return given
+    return "auto" if TRANSFORMERS_5 else torch.get_default_dtype()
+
+
+def resolve_dtype(dtype: object) -> torch.dtype:
+    """A torch dtype from itself or its name (`bfloat16`, `torch.bfloat16`).
+
+    Raises:
+        UsageError: it names none.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"{dtype!r} is not a dtype", hint='pass "auto", a torch dtype, or a name such as "bfloat16"')
+    return found

@@ -1,0 +1,166 @@
+"""Architectures without a native form: transformers' own class, sharded by FSDP2 like the others.
+
+In one process transformers loads its model itself. On a mesh the model is built on the meta device and each process
+reads only its own bytes, as long as the files use the model's parameter names; where they do not (transformers 5
+renames and fuses some while loading), every process loads the whole model on the host first, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import GenerationConfig, PreTrainedModel
+
+from automodel.compat import PreTrainedConfig, config_dtype, resolve_dtype
+from automodel.logging import get_logger, log_once
+from automodel.models.initialize import agreed_seed
+from automodel.parallel.fsdp import parallelize
+from automodel.parallel.materialize import load_parameters
+from automodel.parallel.mesh import ParallelMesh
+from automodel.sources import Location, locate
+from ckpt_tools.core.errors import LayoutError
+from ckpt_tools.engine.checkpoint import open_checkpoint
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller asked of the model.
+
+    Attributes:
+        auto_class: name of the transformers auto class.
+        model_args: positional arguments of the model class.
+        dtype: `"auto"`, a torch dtype or its name.
+        attn_implementation: None lets transformers choose, which is SDPA where the model has it.
+        trust_remote_code: allow a repository's own code.
+    """
+
+    auto_class: str
+    model_args: tuple[object, ...]
+    dtype: str | torch.dtype
+    attn_implementation: str | None
+    trust_remote_code: bool | None
+
+    @property
+    def loader(self) -> Any:
+        """The transformers auto class."""
+        return getattr(transformers, self.auto_class)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments that are set."""
+        given = {"attn_implementation": self.attn_implementation, "trust_remote_code": self.trust_remote_code}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def from_pretrained(
+    request: Request,
+    source: str | Path,
+    location: Location,
+    config: PreTrainedConfig,
+    mesh: DeviceMesh | ParallelMesh | None,
+    device: torch.device | None,
+    revision: str | None,
+    kwargs: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The transformers model of a checkpoint, sharded over `mesh` if there is one."""
+    if mesh is None:
+        where = location.side_root if Path(source).expanduser().exists() else source
+        hub = {} if revision is None or where is not source else {"revision": revision}
+        model = request.loader.from_pretrained(
+            where, *request.model_args, config=config, dtype=request.dtype, **request.options(), **hub, **kwargs
+        )
+        loaded = model[0] if isinstance(model, tuple) else model
+        if device is not None:
+            loaded.to(device)
+        _report(loaded)
+        return model
+    if not location.has_weights:
+        location = locate(source, revision=revision, options=kwargs)
+    model = _load_sharded(request, location, config, mesh, kwargs)
+    if (location.side_root / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(location.side_root)
+    _report(model)
+    return model.eval()
+
+
+def from_config(
+    request: Request,
+    config: PreTrainedConfig,
+    mesh: DeviceMesh | ParallelMesh | None,
+    device: torch.device | None,
+    kwargs: Mapping[str, Any],
+) -> PreTrainedModel:
+    """The transformers model with fresh weights, the same on every process of a mesh, then sharded."""
+    if mesh is None:
+        model = request.loader.from_config(config, dtype=request.dtype, **request.options(), **kwargs)
+        model = model if device is None else model.to(device)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(agreed_seed())
+            model = request.loader.from_config(config, dtype=request.dtype, **request.options(), **kwargs)
+        parallelize(model, mesh)
+    _report(model)
+    return model
+
+
+def _load_sharded(
+    request: Request,
+    location: Location,
+    config: PreTrainedConfig,
+    mesh: DeviceMesh | ParallelMesh,
+    kwargs: Mapping[str, Any],
+) -> PreTrainedModel:
+    dtype = config_dtype(config) if request.dtype == "auto" else resolve_dtype(request.dtype)
+    try:
+        with torch.device("meta"):
+            model = request.loader.from_config(config, dtype=dtype, **request.options())
+        checkpoint = open_checkpoint(location.root)
+        parallelize(model, mesh)
+        load_parameters(model, checkpoint)
+    except LayoutError as error:
+        log_once(
+            _logger,
+            logging.WARNING,
+            f"{location.root}: every process loads the whole model into host memory before it is sharded, because "
+            f"its files cannot be read by parts: {error.message.splitlines()[0]}",
+        )
+    else:
+        return model
+    model = request.loader.from_pretrained(
+        location.side_root, *request.model_args, config=config, dtype=request.dtype, **request.options(), **kwargs
+    )
+    parallelize(model, mesh)
+    return model
+
+
+def _report(model: PreTrainedModel) -> None:
+    """Apply Liger kernels where they are installed and can run, and say what runs."""
+    attention = model.config._attn_implementation
+    liger = _liger_obstacle(model)
+    if liger is None:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    name = type(model).__name__
+    kernels = "with Liger kernels" if liger is None else f"without Liger kernels: {liger}"
+    log_once(_logger, logging.INFO, f"{name}: attention {attention}, {kernels}")
+
+
+def _liger_obstacle(model: PreTrainedModel) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    if next(model.parameters()).device.type != "cuda":
+        return "they need CUDA"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    known = model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    return None if known else f"liger-kernel has none for {model.config.model_type}"

@@ -1,0 +1,95 @@
+"""Moving token rows into expert order and back, with backward passes that gather instead of scatter-adding.
+
+Legend: N tokens, K experts per token, D hidden, E experts, M = N*K rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """Where each (token, choice) pair stands once the pairs are sorted by expert.
+
+    Attributes:
+        order_M: pair index (token * K + choice) of each sorted row; int64.
+        inverse_M: sorted row of each pair; int64.
+        counts_E: rows of each expert; int32.
+        top_k: K.
+    """
+
+    order_M: torch.Tensor
+    inverse_M: torch.Tensor
+    counts_E: torch.Tensor
+    top_k: int
+
+
+def sort_by_expert(expert_index_NK: torch.Tensor, num_experts: int) -> ExpertOrder:
+    """Stable order of all (token, choice) pairs by expert; no host synchronisation.
+
+    Args:
+        expert_index_NK: expert of each choice, an integer in [0, num_experts).
+        num_experts: E; experts that no token chose get a count of 0.
+    """
+    pairs_M = expert_index_NK.reshape(-1)
+    sorted_M, order_M = torch.sort(pairs_M, stable=True)
+    inverse_M = torch.empty_like(order_M)
+    inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+    bounds_E = torch.arange(num_experts, device=pairs_M.device, dtype=sorted_M.dtype)
+    ends_E = torch.searchsorted(sorted_M, bounds_E, right=True, out_int32=True)
+    counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    return ExpertOrder(order_M, inverse_M, counts_E, expert_index_NK.shape[1])
+
+
+class _Scatter(torch.autograd.Function):
+    """rows[m] = x[order[m] // K]; the gradient of a token is the sum of its K rows."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_ND: torch.Tensor, order_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse_M)
+        ctx.top_k = top_k
+        return x_ND.index_select(0, order_M // top_k)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inverse_M,) = ctx.saved_tensors
+        pairs_MD = grad_MD.index_select(0, inverse_M)
+        return pairs_MD.view(-1, ctx.top_k, grad_MD.shape[-1]).sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """out[i] = rows[inverse[i]]; the gradient goes back through the opposite permutation."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows_MD: torch.Tensor, index_M: torch.Tensor, inverse_M: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse_M)
+        return rows_MD.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inverse_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, inverse_M), None, None
+
+
+def rows_by_expert(x_ND: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """[N, D] -> [M, D]: each token once for every expert it chose, sorted by expert."""
+    return _Scatter.apply(x_ND, order.order_M, order.inverse_M, order.top_k)
+
+
+def permute_rows(rows_MD: torch.Tensor, index_M: torch.Tensor, inverse_M: torch.Tensor) -> torch.Tensor:
+    """rows[index] for a permutation `index` with the given inverse; the backward pass is a gather too."""
+    return _Permute.apply(rows_MD, index_M, inverse_M)
+
+
+def combine_rows(rows_MD: torch.Tensor, weight_NK: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """[M, D] -> [N, D]: the K rows of each token times its routing weights, summed in the wider of the two dtypes."""
+    pairs_NKD = permute_rows(rows_MD, order.inverse_M, order.order_M).view(-1, order.top_k, rows_MD.shape[-1])
+    return (pairs_NKD * weight_NK.unsqueeze(-1)).sum(1).to(rows_MD.dtype)

@@ -1,0 +1,34 @@
+"""Native model families: one decoder written once, and for each family what is particular to it.
+
+`NATIVE_MODELS` maps a config's `model_type` to the class that runs it.
+"""
+
+from __future__ import annotations
+
+from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.llama import NeMoLlamaForCausalLM
+from automodel.models.mixtral import NeMoMixtralForCausalLM
+from automodel.models.qwen2 import NeMoQwen2ForCausalLM
+from automodel.models.qwen3 import NeMoQwen3ForCausalLM
+from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
+
+__all__ = [
+    "NATIVE_MODELS",
+    "NativeCausalLM",
+    "NeMoLlamaForCausalLM",
+    "NeMoMixtralForCausalLM",
+    "NeMoQwen2ForCausalLM",
+    "NeMoQwen3ForCausalLM",
+    "NeMoQwen3MoeForCausalLM",
+]
+
+NATIVE_MODELS: dict[str, type[NativeCausalLM]] = {
+    model.config_class.model_type: model
+    for model in (
+        NeMoQwen3MoeForCausalLM,
+        NeMoMixtralForCausalLM,
+        NeMoQwen3ForCausalLM,
+        NeMoQwen2ForCausalLM,
+        NeMoLlamaForCausalLM,
+    )
+}

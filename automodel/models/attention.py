@@ -1,0 +1,118 @@
+"""Causal self-attention with one fused projection for queries, keys and values.
+
+The projection's rows are grouped by KV head: its R query heads, then its key head, then its value head, so that a
+shard of the groups is a complete attention over fewer heads.
+
+Legend: B batch, S sequence, D hidden, H heads, G kv heads, R = H / G, d head_dim, T keys attended to.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from automodel.backends import Backend
+from automodel.compat import update_cache
+from automodel.models.norms import RMSNorm
+from automodel.models.rope import rotate
+from automodel.models.spec import DecoderSpec
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer.
+
+    Args:
+        spec: shape of the decoder.
+        layer: index of the layer in the cache.
+        backend: for the query and key norms.
+    """
+
+    def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
+        super().__init__()
+        heads, groups, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.layer = layer
+        self.groups = groups
+        self.heads_per_group = heads // groups
+        self.head_dim = head_dim
+        self.dropout = spec.attention_dropout
+        self.qkv_proj = nn.Linear(spec.hidden_size, (heads + 2 * groups) * head_dim, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(heads * head_dim, spec.hidden_size, bias=spec.output_bias)
+        self.q_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        cos_BSd: torch.Tensor,
+        sin_BSd: torch.Tensor,
+        mask: torch.Tensor | None,
+        kernel: str,
+        cache: Cache | None,
+        cache_position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention output [B, S, D], and the probabilities [B, H, S, T] when `kernel` is `"eager"`.
+
+        Args:
+            cos_BSd, sin_BSd: rotary tables; their batch may be 1.
+            mask: as `compat.attention_mask_for` makes it for `kernel`.
+            kernel: `"sdpa"` or `"eager"`.
+            cache: keys and values of earlier tokens, extended in place.
+            cache_position: [S], index of each query token in the cache.
+        """
+        batch, length, _ = x_BSD.shape
+        qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, self.heads_per_group + 2, self.head_dim)
+        query, key, value_BSGd = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
+        query_BHSd = rotate(self.q_norm(query), cos, sin).flatten(2, 3).transpose(1, 2)
+        key_BGSd = rotate(self.k_norm(key), cos, sin).flatten(2, 3).transpose(1, 2)
+        value_BGSd = value_BSGd.flatten(2, 3).transpose(1, 2)
+        if cache is not None:
+            key_BGSd, value_BGSd = update_cache(cache, key_BGSd, value_BGSd, self.layer, cache_position)
+
+        dropout = self.dropout if self.training else 0.0
+        attend = _eager if kernel == "eager" else _sdpa
+        output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout)
+        return self.o_proj(output_BHSd.transpose(1, 2).flatten(2, 3)), probabilities
+
+
+def _sdpa(
+    query_BHSd: torch.Tensor,
+    key_BGTd: torch.Tensor,
+    value_BGTd: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, None]:
+    length = query_BHSd.shape[2]
+    causal = mask is None and length > 1
+    if causal and key_BGTd.shape[2] > length:
+        # Prefill into an empty cache of fixed size: what lies beyond the queries is not filled yet.
+        key_BGTd, value_BGTd = key_BGTd[:, :, :length], value_BGTd[:, :, :length]
+    if mask is not None:
+        # Under a mask, SDPA has grouped heads only in its slowest kernel.
+        key_BGTd, value_BGTd = _repeat_heads(key_BGTd, query_BHSd), _repeat_heads(value_BGTd, query_BHSd)
+    output = F.scaled_dot_product_attention(
+        query_BHSd, key_BGTd, value_BGTd, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=mask is None
+    )
+    return output, None
+
+
+def _eager(
+    query_BHSd: torch.Tensor,
+    key_BGTd: torch.Tensor,
+    value_BGTd: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = _repeat_heads(key_BGTd, query_BHSd), _repeat_heads(value_BGTd, query_BHSd)
+    scores = query_BHSd @ key.transpose(2, 3) * query_BHSd.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask[..., : key.shape[2]]
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_BHSd.dtype)
+    return F.dropout(probabilities, dropout) @ value, probabilities
+
+
+def _repeat_heads(states_BGTd: torch.Tensor, query_BHSd: torch.Tensor) -> torch.Tensor:
+    repeats = query_BHSd.shape[1] // states_BGTd.shape[1]
+    return states_BGTd.repeat_interleave(repeats, dim=1) if repeats > 1 else states_BGTd

@@ -1,0 +1,264 @@
+"""The causal language model around the decoder: head, losses, generation, initialisation.
+
+A family is a subclass that names its config class and turns a config into a `DecoderSpec`. Everything that
+transformers offers on a `PreTrainedModel` (generate, gradient checkpointing, Trainer) works on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+from automodel.backends import (
+    Backend,
+    BackendReport,
+    BackendRow,
+    require_attention,
+    resolve_experts,
+    resolve_norm,
+)
+from automodel.compat import PreTrainedConfig, tied_weights_keys
+from automodel.logging import get_logger, log_once
+from automodel.models.decoder import Decoder
+from automodel.models.norms import RMSNorm
+from automodel.models.spec import DecoderSpec
+from automodel.moe.router import load_balancing_loss
+from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.sizes import parse_size
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights came from; empty for one that was made from a config.
+
+    Attributes:
+        root: directory of config, tokenizer and other side files.
+        config: its config.json as it is on disk.
+        generation_config: the generation config that was loaded, to see whether it was changed since.
+    """
+
+    root: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation_config: Mapping[str, Any] | None = None
+
+
+_logger = get_logger(__name__)
+_UNSET_SAVE_ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "safe_serialization": (None, True),
+    "push_to_hub": (None, False),
+    "save_peft_format": (None, True),
+    "save_original_format": (None, True),
+}
+
+
+class NativeCausalLM(PreTrainedModel, GenerationMixin):
+    """Base of the native families.
+
+    Args:
+        config: an instance of the family's transformers config class, used unchanged.
+        backend: kernels; `"auto"`, `"torch"`, a mapping or a `Backend`.
+
+    Attributes:
+        transformers_architecture: the class name that a saved config.json carries, so that any reader loads it.
+        source: what `save_pretrained` starts from.
+    """
+
+    transformers_architecture: str
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = tied_weights_keys("lm_head.weight", "model.embed_tokens.weight")
+
+    def __init__(self, config: PreTrainedConfig, backend: str | Backend | dict[str, str] = "auto") -> None:
+        require_attention(config._attn_implementation)
+        super().__init__(config)
+        self.source = ModelSource()
+        self.backend = Backend.parse(backend)
+        self.spec = self.decoder_spec(config)
+        self.model = Decoder(config, self.spec, self.backend)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    @abstractmethod
+    def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
+        """What the family's config means for the shared decoder."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **loss_arguments: object,
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[object, ...]:
+        """Logits [B, S, V], and the loss when `labels` [B, S] are given; the arguments are transformers' own.
+
+        Args:
+            labels: token ids; -100 is ignored; shifted here.
+            output_router_logits: also return the router logits of each expert layer and add the load-balancing
+                loss, times `router_aux_loss_coef`, to the loss.
+            logits_to_keep: compute only the last so many positions (0: all), or those that the indices name.
+            loss_arguments: `num_items_in_batch`, `shift_labels`, `ignore_index`.
+        """
+        decoded = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=_default(output_attentions, self.config.output_attentions),
+            output_hidden_states=_default(output_hidden_states, self.config.output_hidden_states),
+            cache_position=cache_position,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(decoded.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or loss_arguments.get("shift_labels") is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
+        common = {
+            "logits": logits,
+            "past_key_values": decoded.past_key_values,
+            "hidden_states": decoded.hidden_states or None,
+            "attentions": decoded.attentions or None,
+        }
+        if self.spec.moe is None:
+            output = CausalLMOutputWithPast(loss=loss, **common)
+        else:
+            wanted = _default(output_router_logits, self.config.output_router_logits) and bool(decoded.router_logits)
+            aux_loss = None
+            if wanted:
+                aux_loss = load_balancing_loss(decoded.router_logits, self.spec.moe.top_k, attention_mask)
+                if loss is not None:
+                    loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            output = MoeCausalLMOutputWithPast(
+                loss=loss, aux_loss=aux_loss, router_logits=decoded.router_logits if wanted else None, **common
+            )
+        return output if _default(return_dict, getattr(self.config, "return_dict", True)) else output.to_tuple()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> Decoder:
+        return self.model
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        """As transformers does it; a sharded model refuses.
+
+        Raises:
+            UsageError: the embedding is sharded over a mesh.
+        """
+        if isinstance(self.model.embed_tokens.weight, DTensor):
+            raise UsageError(
+                "the embedding of a sharded model cannot be resized",
+                hint="resize before sharding: load without device_mesh, resize, save, and load the result",
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        overwrite: bool = False,
+        checkpointer: object | None = None,
+        **unsupported: object,
+    ) -> None:
+        """Write a plain Hugging Face repository that transformers 4 and 5, vLLM and SGLang load.
+
+        On a mesh all processes call this together, and each writes its own part; nothing is gathered.
+
+        Args:
+            save_directory: directory to make or to update, on a file system that all processes share.
+            max_shard_size: tensor bytes of one file, `5GB` or a number.
+            is_main_process: for an unsharded model, whether this process writes.
+            overwrite: replace the directory whatever it holds.
+            checkpointer: accepted where NeMo AutoModel takes one; none is needed.
+            unsupported: other arguments of transformers' method; any that is set is refused.
+
+        Raises:
+            UsageError: an argument that has no meaning here.
+            CkptError: the output exists with other files in it, does not fit on the disk, or cannot be written.
+        """
+        from automodel.models.export import export_repository, is_sharded
+
+        refused = [name for name, value in unsupported.items() if value not in _UNSET_SAVE_ARGUMENTS.get(name, (None,))]
+        if refused:
+            raise UsageError(
+                f"save_pretrained of a native model does not take {', '.join(refused)}",
+                hint="save without them; `hf upload` publishes a directory",
+            )
+        if checkpointer is not None:
+            log_once(_logger, logging.INFO, "save_pretrained needs no checkpointer; the one given is not used")
+        if is_main_process or is_sharded(self):
+            export_repository(
+                self, Path(save_directory), max_shard_size=parse_size(max_shard_size), overwrite=overwrite
+            )
+        self.config.architectures = [self.transformers_architecture]
+
+    def backend_report(self) -> BackendReport:
+        """What runs each kind of layer of this model where its parameters are now, and why not a faster kernel."""
+        weight = self.lm_head.weight
+        norm = resolve_norm(self.backend, weight.device, weight.dtype)
+        norms = sum(isinstance(module, RMSNorm) for module in self.modules())
+        attention = self.config._attn_implementation
+        slower = "asked for" if attention == "eager" else ""
+        rows = [
+            BackendRow("attention", self.config.num_hidden_layers, attention, slower),
+            BackendRow("norm", norms, norm.kernel, norm.reason),
+            BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
+        ]
+        if moe := self.spec.moe:
+            resolved = resolve_experts(self.backend, weight.device, weight.dtype, self.spec.hidden_size, moe.width)
+            rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
+        return BackendReport(tuple(rows))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0.0
+
+
+def _default(value: bool | None, fallback: bool) -> bool:
+    return fallback if value is None else value

@@ -1,0 +1,187 @@
+"""The decoder that every native family runs: embeddings, layers, final norm.
+
+Legend: B batch, S sequence, D hidden, V vocabulary, d head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from automodel.backends import Backend, require_attention
+from automodel.compat import PreTrainedConfig, attention_mask_for
+from automodel.models.attention import Attention
+from automodel.models.mlp import GatedMLP, MoeMLP
+from automodel.models.norms import RMSNorm
+from automodel.models.rope import RotaryEmbedding
+from automodel.models.spec import DecoderSpec
+from ckpt_tools.core.errors import UsageError
+
+
+@dataclass(slots=True)
+class DecoderOutput:
+    """What a forward pass of the decoder leaves behind; the tuples are empty unless asked for."""
+
+    last_hidden_state: torch.Tensor
+    past_key_values: Cache | None
+    hidden_states: tuple[torch.Tensor, ...]
+    attentions: tuple[torch.Tensor | None, ...]
+    router_logits: tuple[torch.Tensor, ...]
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.kind = spec.attention_kinds[layer]
+        self.self_attn = Attention(spec, layer, backend)
+        sparse = spec.moe is not None and layer in spec.moe.layers
+        self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec)
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        cos_BSd: torch.Tensor,
+        sin_BSd: torch.Tensor,
+        mask: torch.Tensor | None,
+        kernel: str,
+        past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Hidden states [B, S, D], attention probabilities (eager only), router logits (expert layers only)."""
+        attended, probabilities = self.self_attn(
+            self.input_layernorm(x_BSD), cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position
+        )
+        x_BSD = x_BSD + attended
+        output, router_logits = self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + output, probabilities, router_logits
+
+
+class Decoder(nn.Module):
+    """Token ids or embeddings to final hidden states.
+
+    Args:
+        config: a transformers config of the family.
+        spec: what the family makes of it.
+        backend: kernels.
+    """
+
+    def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, spec.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(spec, i, backend) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        cache_position: torch.Tensor | None = None,
+    ) -> DecoderOutput:
+        """Run all layers.
+
+        Args:
+            input_ids: [B, S]; exclusive with `inputs_embeds` [B, S, D].
+            attention_mask: [B, keys] with 0 at padding, or a prepared mask; None means that every token counts.
+            position_ids: [B or 1, S]. Where positions restart inside a row and no mask is given, the row holds
+                packed documents, and tokens attend only within theirs.
+            past_key_values: a cache to read and extend.
+            use_cache: return a cache; by default the config says so, and never in training.
+
+        Raises:
+            UsageError: arguments that exclude each other, or attention weights asked of a kernel without any.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("give exactly one of input_ids and inputs_embeds")
+        kernel = self.config._attn_implementation
+        require_attention(kernel)
+        if output_attentions and kernel != "eager":
+            raise UsageError(
+                f"{kernel} attention keeps no attention weights", hint='load the model with attn_implementation="eager"'
+            )
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cache_position is None:
+            cache_position = torch.arange(x_BSD.shape[1], device=x_BSD.device) + seen
+        masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids, cache_position)
+        past_key_values = self._cache(past_key_values, use_cache)
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        cos_BSd, sin_BSd = self.rotary_emb(x_BSD, position_ids)
+
+        hidden_states, attentions, router_logits = [x_BSD], [], []
+        for layer in self.layers:
+            x_BSD, probabilities, logits_NE = layer(
+                x_BSD,
+                cos_BSd,
+                sin_BSd,
+                masks[layer.kind],
+                kernel,
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+            )
+            hidden_states.append(x_BSD)
+            attentions.append(probabilities)
+            if logits_NE is not None:
+                router_logits.append(logits_NE)
+        x_BSD = self.norm(x_BSD)
+        return DecoderOutput(
+            last_hidden_state=x_BSD,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x_BSD) if output_hidden_states else (),
+            attentions=tuple(attentions) if output_attentions else (),
+            router_logits=tuple(router_logits),
+        )
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.training and self.gradient_checkpointing:
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return DynamicCache(config=self.config) if use_cache and cache is None else cache
+
+    def _masks(
+        self,
+        x_BSD: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        cache: Cache | None,
+        position_ids: torch.Tensor | None,
+        cache_position: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        packed = position_ids is not None and attention_mask is None and cache is None and _restarts(position_ids)
+        return {
+            kind: attention_mask_for(
+                self.config,
+                x_BSD,
+                attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids if packed else None,
+                cache_position=cache_position,
+                sliding=kind == "sliding_attention",
+            )
+            for kind in dict.fromkeys(layer.kind for layer in self.layers)
+        }
+
+
+def _restarts(position_ids_BS: torch.Tensor) -> bool:
+    """Whether positions do anything but count up by one along a row."""
+    return bool((position_ids_BS.diff(dim=-1) != 1).any())

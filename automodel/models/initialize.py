@@ -1,0 +1,68 @@
+"""Fresh weights that depend on a seed and on the model, never on the mesh it is sharded over.
+
+Every block of rows of every parameter has a random stream of its own, so that a process draws only the blocks that
+meet its part, and the same model starts training from the same weights on one process or on a thousand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.norms import RMSNorm
+from automodel.parallel.local import LocalBox, local_boxes
+
+_BLOCK_ELEMENTS = 1 << 16
+
+
+@torch.no_grad()
+def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
+    """Fill every parameter as transformers does: norms with 1, biases and padding with 0, the rest normal.
+
+    Args:
+        model: allocated, sharded or not; all processes of the mesh call this together.
+        seed: None draws one from torch's generator, on the first process.
+    """
+    seed = agreed_seed() if seed is None else seed
+    for box in local_boxes(model):
+        owner = model.get_submodule(box.name.rpartition(".")[0])
+        if isinstance(owner, RMSNorm):
+            box.tensor.fill_(1.0)
+        elif box.name.endswith(".bias"):
+            box.tensor.zero_()
+        else:
+            shape = model.get_parameter(box.name).shape
+            _fill_normal(box, tuple(shape), model.config.initializer_range, seed)
+            if isinstance(owner, nn.Embedding) and owner.padding_idx is not None:
+                row = owner.padding_idx - box.offsets[0]
+                if 0 <= row < box.tensor.shape[0]:
+                    box.tensor[row] = 0.0
+
+
+def _fill_normal(box: LocalBox, shape: tuple[int, ...], std: float, seed: int) -> None:
+    rest = shape[1:]
+    rows = max(1, _BLOCK_ELEMENTS // max(1, torch.Size(rest).numel()))
+    inside = tuple(slice(o, o + n) for o, n in zip(box.offsets[1:], box.tensor.shape[1:], strict=True))
+    first, last = box.offsets[0], box.offsets[0] + box.tensor.shape[0]
+    for start in range(first // rows * rows, last, rows):
+        generator = torch.Generator().manual_seed(_stream(seed, box.name, start))
+        block = torch.empty(min(rows, shape[0] - start), *rest).normal_(0.0, std, generator=generator)
+        low, high = max(first, start), min(last, start + len(block))
+        part = block[(slice(low - start, high - start), *inside)]
+        box.tensor[low - first : high - first].copy_(part)
+
+
+def _stream(seed: int, name: str, start: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name} {start}".encode(), digest_size=7).digest(), "little")
+
+
+def agreed_seed() -> int:
+    """A seed drawn from torch's generator on the first process, the same on all of them."""
+    seed = [int(torch.randint(2**62, ()))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seed, src=0)
+    return seed[0]

@@ -1,0 +1,42 @@
+"""Errors of one process raised on all of them within seconds, instead of a hang until the collective times out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from ckpt_tools.core.errors import CkptError
+
+
+@contextmanager
+def raise_together(doing: str) -> Iterator[None]:
+    """All processes run the block, then agree: if any failed, every one raises.
+
+    The block must not contain collectives that a failure in it would leave others waiting in. Without a process group
+    errors pass through unchanged.
+
+    Args:
+        doing: what the block does, for the message, for example `loading the parameters`.
+
+    Raises:
+        the block's own error on the processes where it failed, `CkptError` naming those processes on the others.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # whatever it is, the other processes have to hear of it first
+        error = caught
+    reports: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = {rank: report for rank, report in enumerate(reports) if report is not None}
+    if failed:
+        first, report = next(iter(failed.items()))
+        ranks = ", ".join(map(str, failed))
+        raise CkptError(f"{doing} failed on rank {ranks}; rank {first} says: {report}")

@@ -1,0 +1,109 @@
+"""`parallelize`: one call that shards a model over a mesh with FSDP2, expert parallelism, or both.
+
+Decoder layers are found by the class names in `_no_split_modules`, which every transformers model has, so a native
+model and a plain transformers one are treated alike. Only native experts (modules with a `dispatcher`) are divided
+over `ep`; every other parameter is sharded over all processes that are not copies of one another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from automodel.parallel.expert import divide_experts, expert_modules, shard_experts
+from automodel.parallel.mesh import MixedPrecision, ParallelMesh
+from ckpt_tools.core.errors import UsageError
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | ParallelMesh | None,
+    *,
+    mixed_precision: MixedPrecision | None = None,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard `model` over `mesh`, in place.
+
+    Args:
+        model: on the meta device (then `load_parameters` follows), or with values, the same on every process.
+        mesh: axes from `dp_replicate`, `dp_shard`, `ep`; None (a single process) leaves the model as it is.
+        mixed_precision: dtypes of the computation; None takes those of a `ParallelMesh`.
+        reshard_after_forward: free the gathered parameters of a layer between forward and backward.
+
+    Raises:
+        UsageError: the mesh does not suit the model; the message says which axis.
+    """
+    if mesh is None:
+        return
+    parallel = mesh if isinstance(mesh, ParallelMesh) else ParallelMesh.of(mesh)
+    precision = mixed_precision or parallel.mixed_precision
+    # Inputs are not cast: activations have param_dtype already, and routing weights and rotary tables keep FP32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.param_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
+    )
+    layers = decoder_layers(model)
+    own_experts: set[nn.Parameter] = set()
+    if parallel.size("ep") > 1:
+        experts = expert_modules(model)
+        if not experts:
+            raise UsageError(
+                f"{type(model).__name__} has no experts to divide over ep={parallel.size('ep')}",
+                hint="use ep=1 and put these processes on dp_shard",
+            )
+        device = mesh_device(parallel)
+        for module in experts.values():
+            divide_experts(module, parallel.root["ep"], device)
+            if _needs_fsdp(module, parallel, policy):
+                shard_experts(module, parallel, policy, reshard_after_forward=reshard_after_forward)
+            else:
+                own_experts.update(module.parameters())
+    for layer in layers:
+        fully_shard(
+            layer,
+            mesh=parallel.dense,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            ignored_params=own_experts,
+        )
+    fully_shard(model, mesh=parallel.dense, mp_policy=policy, ignored_params=own_experts)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model, outermost first.
+
+    Raises:
+        UsageError: the class does not say what its blocks are.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and module not in inside:
+            layers.append(module)
+            inside.update(module.modules())
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no decoder layer of the classes {sorted(names)} that _no_split_modules names",
+            hint="set _no_split_modules on the class to the class name of its decoder layer",
+        )
+    return layers
+
+
+def mesh_device(mesh: ParallelMesh) -> torch.device:
+    """The device of this process."""
+    kind = mesh.root.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _needs_fsdp(experts: nn.Module, mesh: ParallelMesh, policy: MixedPrecisionPolicy) -> bool:
+    """Whether anything is to be gathered, reduced or cast; if not, the experts are used where they lie.
+
+    The processes of `expert_data` have the same position on `ep`, so all of them decide alike.
+    """
+    if all(parameter.to_local().numel() == 0 for parameter in experts.parameters()):
+        return False
+    if mesh.expert_data.size() > 1:
+        return True
+    return policy.param_dtype is not None and any(p.dtype != policy.param_dtype for p in experts.parameters())

@@ -1,0 +1,50 @@
+"""The repository that a run leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel
+
+from automodel.logging import get_logger
+from automodel.models.causal_lm import NativeCausalLM
+from automodel.parallel.agree import raise_together
+from automodel.training.model import Source
+from automodel.training.processes import is_first
+from ckpt_tools.engine.files import storage_errors
+
+_logger = get_logger(__name__)
+
+
+def export_model(model: PreTrainedModel, source: Source, directory: Path) -> None:
+    """Write a Hugging Face repository with the tokenizer of `source`. All processes call it together.
+
+    A native model is written in parts by all processes. One of transformers' own classes is gathered into the host
+    memory of the first process, because its class alone knows the names that its files have.
+
+    Raises:
+        CkptError: the directory exists, or cannot be written; raised on all processes.
+    """
+    if isinstance(model, NativeCausalLM):
+        model.save_pretrained(str(directory))
+        return
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with raise_together(f"exporting to {directory}"):
+        if is_first():
+            _save_gathered(model, state, source, directory)
+
+
+def _save_gathered(model: PreTrainedModel, state: dict[str, torch.Tensor], source: Source, directory: Path) -> None:
+    staging = directory.with_name(f".{directory.name}.exporting")
+    with storage_errors("write", directory):
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging, state_dict=state)
+        for name, data in source.side_files().items():
+            path = staging / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        staging.rename(directory)

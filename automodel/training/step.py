@@ -1,0 +1,123 @@
+"""One optimizer step over a global batch: accumulation, a loss per target token, one global norm.
+
+The loss is the sum over all target tokens of the global batch divided by their number, whatever the split into
+processes and micro-batches. Gradients are a mean over processes, so each process scales its part by their number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from automodel.parallel.grad_norm import clip_grad_norm_
+from automodel.parallel.mesh import ParallelMesh
+from automodel.training.data import Batch
+from ckpt_tools.core.errors import CkptError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, the same on every process.
+
+    Attributes:
+        loss: mean over the target tokens of the global batch, before the update.
+        grad_norm: before clipping.
+        tokens: target tokens of the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    mesh: ParallelMesh | None,
+    *,
+    max_grad_norm: float | None,
+    sync_last: bool = False,
+) -> StepResult:
+    """Forward and backward over this process's micro-batches, clip, update.
+
+    Args:
+        model: in training mode, sharded over `mesh`.
+        optimizer: its gradients are cleared afterwards.
+        batches: this process's micro-batches of the global batch, on its device.
+        mesh: None on a single process.
+        max_grad_norm: None does not clip.
+        sync_last: reduce gradients only in the last micro-batch; see `TrainingConfig.sync_gradients`.
+
+    Raises:
+        CkptError: the gradient norm is not finite; nothing was updated.
+    """
+    device = batches[0].input_ids.device
+    processes = mesh.world_size if mesh is not None else 1
+    tokens = _sum_over(mesh, torch.tensor(sum(batch.target_tokens for batch in batches), device=device))
+    if not tokens:
+        raise CkptError("no token of the global batch counts in the loss", hint="check data.loss_on and the data")
+    share = (tokens / processes).float()
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        _prepare_backward(model, last=number == len(batches) - 1, sync_last=sync_last)
+        loss = batch_loss(model, batch, share, len(batches))
+        loss.backward()
+        total += loss.detach()
+    norm = clip_grad_norm_(model, math.inf if max_grad_norm is None else max_grad_norm, mesh)
+    result = StepResult(float(_sum_over(mesh, total)) / processes, float(norm), int(tokens))
+    if not math.isfinite(result.grad_norm):
+        raise CkptError(
+            f"the gradient norm is {result.grad_norm} and the loss {result.loss}; the model was not updated",
+            hint="lower optimizer.lr or warm up longer, and resume from the last checkpoint",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def batch_loss(model: nn.Module, batch: Batch, tokens: torch.Tensor, micro_batches: int) -> torch.Tensor:
+    """Sum of the micro-batch's token losses divided by `tokens`, plus its share of the router's auxiliary loss."""
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if not _takes_loss_arguments(model):
+        logits = model(**inputs).logits
+        return ForCausalLMLoss(logits, batch.labels, logits.shape[-1], num_items_in_batch=tokens)
+    output = model(**inputs, labels=batch.labels, num_items_in_batch=tokens)
+    loss: torch.Tensor = output.loss
+    auxiliary = getattr(output, "aux_loss", None)
+    if auxiliary is not None and micro_batches > 1:
+        # It is a mean over a micro-batch and not a sum over tokens: each micro-batch has its share of the step.
+        loss = loss - model.config.router_aux_loss_coef * auxiliary.to(loss.device) * (1 - 1 / micro_batches)
+    return loss
+
+
+def _takes_loss_arguments(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _prepare_backward(model: nn.Module, *, last: bool, sync_last: bool) -> None:
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(last)
+    if sync_last:
+        model.set_requires_gradient_sync(last)
+    else:
+        # Replicas (HSDP) exchange the sum of all micro-batches once.
+        model.set_requires_all_reduce(last)
+
+
+def _sum_over(mesh: ParallelMesh | None, value: torch.Tensor) -> torch.Tensor:
+    if mesh is not None:
+        for axis in range(mesh.root.ndim):
+            if mesh.root.size(axis) > 1:
+                dist.all_reduce(value, group=mesh.root.get_group(axis))
+    return value

@@ -1,0 +1,88 @@
+"""Renders the README's support table from docs/readers.json, the matrix that `make readers` measured.
+
+`python scripts/support_table.py` rewrites the table between its two markers; `--check` only says whether it is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- support-table:begin (make readers) -->", "<!-- support-table:end -->"
+TITLES = {
+    "transformers4": "transformers 4",
+    "transformers5": "transformers 5",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+}
+CASES = {
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_moe-tied": "Qwen3-MoE, tied embeddings",
+    "qwen3_moe-raw_weights": "Qwen3-MoE, `norm_topk_prob: false`",
+    "qwen3_moe-dense_layers": "Qwen3-MoE, `mlp_only_layers` and `decoder_sparse_step`",
+    "mixtral": "Mixtral",
+    "qwen3": "Qwen3",
+    "qwen2": "Qwen2",
+    "qwen2-tied": "Qwen2, tied embeddings",
+    "llama": "Llama",
+    "llama-tied-rope_scaling": "Llama, tied embeddings, Llama 3 RoPE scaling",
+    "llama-biases": "Llama, attention and MLP biases",
+}
+Cells = list[dict[str, Any]]
+
+
+def render(document: dict[str, Any]) -> str:
+    """The Markdown table: a row a checkpoint, a column a reader, each cell the largest log-probability difference."""
+    cells: Cells = document["cells"]
+    readers = [reader for reader in TITLES if any(cell["reader"] == reader for cell in cells)]
+    limits = list(dict.fromkeys(cell["limit"] for cell in cells if cell["limit"]))
+    versions = {cell["reader"]: cell["version"] for cell in cells}
+    heads = [f"{TITLES[reader].split()[0]} {versions[reader]}" for reader in readers]
+    lines = [f"| checkpoint | {' | '.join(heads)} |", f"|---|{'---|' * len(readers)}"]
+    for case, title in CASES.items():
+        row = [[cell for cell in cells if (cell["case"], cell["reader"]) == (case, reader)] for reader in readers]
+        lines.append(f"| {title} | {' | '.join(_cell(found, limits) for found in row)} |")
+    notes = [f"{index}. {limit}, in the stock checkpoint too." for index, limit in enumerate(limits, start=1)]
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def _cell(found: Cells, limits: list[str]) -> str:
+    if not found:
+        return "not run"
+    if found[0]["limit"]:
+        return f"reader's limit ({limits.index(found[0]['limit']) + 1})"
+    if not all(cell["passed"] for cell in found):
+        return "**differs**"
+    worst = max(cell["max_abs_logprob_difference"] for cell in found)
+    return f"✓ {worst:.0e}" if worst else "✓ exact"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Render the README's support table from docs/readers.json.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when the table is not current")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--matrix", type=Path, default=ROOT / "docs" / "readers.json")
+    arguments = parser.parse_args()
+    text = arguments.readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        print(f"{arguments.readme} lacks the markers {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    table = render(json.loads(arguments.matrix.read_text(encoding="utf-8")))
+    current = f"{before}{BEGIN}\n{table}{END}{after}"
+    if current == text:
+        return 0
+    if arguments.check:
+        print("The support table is not what docs/readers.json says. hint: scripts/support_table.py", file=sys.stderr)
+        return 1
+    arguments.readme.write_text(current, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

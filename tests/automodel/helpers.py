@@ -1,0 +1,136 @@
+"""Tiny configs of every native family, and transformers weights rearranged into the native names for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from automodel.models import NATIVE_MODELS, NativeCausalLM
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+QWEN3_MOE = {
+    **SIZES,
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def rope(theta: float, scaling: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Config arguments for a rope base and scaling in the installed transformers' spelling."""
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **(scaling or {})}}
+    return {"rope_theta": theta, "rope_scaling": dict(scaling) if scaling else None}
+
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**QWEN3_MOE),
+    "qwen3_moe sparse step, no renormalisation, biases": lambda: transformers.Qwen3MoeConfig(
+        **{**QWEN3_MOE, "mlp_only_layers": [], "norm_topk_prob": False},
+        decoder_sparse_step=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe sliding window": lambda: transformers.Qwen3MoeConfig(**QWEN3_MOE, **SLIDING),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral sliding window": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=6),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3 sliding layers": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, **SLIDING),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, **rope(1e6)),
+    "qwen2 sliding layers": lambda: transformers.Qwen2Config(**SIZES, **SLIDING),
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama biases, llama3 rope": lambda: transformers.LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **rope(5e5, LLAMA3_ROPE)
+    ),
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def native_state(hf: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """A transformers state dict (or gradients, by the same names) under native names."""
+    out = {name: tensor for name, tensor in hf.items() if ".layers." not in name}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        part = {name.removeprefix(prefix): tensor for name, tensor in hf.items() if name.startswith(prefix)}
+        part = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in part.items()}
+        out |= {prefix + name: tensor for name, tensor in _native_layer(part, config).items()}
+    return out
+
+
+def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    out = {}
+    groups = config.num_key_value_heads
+    for kind in ("weight", "bias"):
+        heads = [part.pop(f"self_attn.{name}_proj.{kind}", None) for name in "qkv"]
+        if heads[0] is not None:
+            out[f"self_attn.qkv_proj.{kind}"] = torch.cat([h.unflatten(0, (groups, -1)) for h in heads], 1).flatten(
+                0, 1
+            )
+        gate, up = part.pop(f"mlp.gate_proj.{kind}", None), part.pop(f"mlp.up_proj.{kind}", None)
+        if gate is not None:
+            out[f"mlp.gate_up_proj.{kind}"] = torch.cat([gate, up])
+    for names in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+        if f"mlp.experts.0.{names[0]}.weight" in part:
+            experts = range(len([name for name in part if name.endswith(f"{names[0]}.weight")]))
+            gate, up, down = (
+                torch.stack([part.pop(f"mlp.experts.{e}.{name}.weight") for e in experts]) for name in names
+            )
+            out |= {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
+    return out | part
+
+
+def pair(
+    name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
+) -> tuple[PreTrainedModel, NativeCausalLM]:
+    """The transformers model of a tiny config with random weights, and the native one with the same weights."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    config._attn_implementation = attention
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for parameter in theirs.parameters():
+        # Norm weights and biases are constant when fresh: a mistake in where they apply would not show.
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    theirs = theirs.to(dtype).eval()
+    ours = NATIVE_MODELS[config.model_type](CONFIGS[name]()).to(dtype).eval()
+    ours.config._attn_implementation = attention
+    state = native_state(theirs.state_dict(), config)
+    ours.load_state_dict(state, strict=True)
+    return theirs, ours
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids [batch, length] without the special ones."""
+    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over largest magnitude, in float64."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))

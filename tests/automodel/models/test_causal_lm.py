@@ -1,0 +1,123 @@
+"""What a native model offers as a PreTrainedModel, apart from the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from automodel.models import NATIVE_MODELS, NeMoLlamaForCausalLM, NeMoQwen3MoeForCausalLM
+from ckpt_tools.core.errors import UsageError
+from tests.automodel.helpers import CONFIGS, every_config, pair, relative, tokens
+
+
+@every_config
+def test_saved_architecture_exists_in_transformers(name: str) -> None:
+    config = CONFIGS[name]()
+    architecture = NATIVE_MODELS[config.model_type].transformers_architecture
+    assert getattr(transformers, architecture).config_class is type(config)
+
+
+@every_config
+def test_initialisation_has_the_spread_that_the_config_asks_for(name: str) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    model = NATIVE_MODELS[config.model_type](config)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            assert torch.equal(parameter, torch.ones_like(parameter))
+        elif parameter_name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert parameter.std().item() == pytest.approx(config.initializer_range, rel=0.2), parameter_name
+    assert not model.model.embed_tokens.weight[config.pad_token_id].any()
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    config = CONFIGS["qwen3"]()
+    model = NATIVE_MODELS["qwen3"](config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(name: str, reentrant: bool) -> None:
+    _, ours = pair(name)
+    ours.train()
+    ids = tokens(2, 9)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        ours.zero_grad()
+        ours(ids, labels=ids, output_router_logits=True).loss.backward()
+        return {n: p.grad.clone() for n, p in ours.named_parameters()}
+
+    expected = gradients()
+    if reentrant:
+        ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    ours.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    actual = gradients()
+    assert len(calls) == 2, "the layer was not run again in the backward pass"
+    assert all(relative(actual[n], expected[n]) < 1e-6 for n in expected)
+
+
+def test_unknown_attention_is_refused_with_the_known_ones() -> None:
+    config = CONFIGS["llama"]()
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UsageError, match="flash_attention_2") as error:
+        NeMoLlamaForCausalLM(config)
+    assert "sdpa" in error.value.hint
+
+
+def test_attention_weights_are_refused_where_the_kernel_has_none() -> None:
+    with pytest.raises(UsageError, match="no attention weights") as error:
+        pair("llama")[1](tokens(1, 3), output_attentions=True)
+    assert "eager" in error.value.hint
+
+
+def test_ids_and_embeddings_exclude_each_other() -> None:
+    _, ours = pair("llama")
+    with pytest.raises(UsageError, match="exactly one"):
+        ours()
+    with pytest.raises(UsageError, match="exactly one"):
+        ours(tokens(1, 3), inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_token_embeddings_can_be_resized() -> None:
+    _, ours = pair("qwen3")
+    before = ours(tokens(1, 4)).logits
+    ours.resize_token_embeddings(103)
+    after = ours(tokens(1, 4)).logits
+    assert after.shape[-1] == ours.config.vocab_size == 103
+    assert torch.equal(after[..., :97], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_can_be_compiled(dtype: torch.dtype) -> None:
+    _, ours = pair("qwen3_moe", dtype=dtype)
+    layer = ours.model.layers[0]
+    x = torch.randn(1, 6, 32, dtype=dtype)
+    cos, sin = ours.model.rotary_emb(x, torch.arange(6)[None])
+    expected = layer(x, cos, sin, None, "sdpa")[0]
+    # The expert loop of other dtypes reads the counts on the host, which breaks the graph.
+    compiled = torch.compile(layer, fullgraph=dtype == torch.bfloat16, backend="aot_eager")
+    assert relative(compiled(x, cos, sin, None, "sdpa")[0], expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("qwen3_moe", torch.bfloat16), ("mixtral", torch.float32)])
+def test_routing_weights_have_the_dtype_that_transformers_5_gives_the_family(name: str, dtype: torch.dtype) -> None:
+    _, ours = pair(name, dtype=torch.bfloat16)
+    _, weights, _ = ours.model.layers[0].mlp.gate(torch.randn(4, 32, dtype=torch.bfloat16))
+    assert weights.dtype == dtype
+
+
+def test_the_backend_report_covers_every_kind_of_layer() -> None:
+    model = NeMoQwen3MoeForCausalLM(CONFIGS["qwen3_moe"]())
+    report = model.backend_report()
+    assert [row.layer for row in report.rows] == ["attention", "experts", "norm", "linear"]
+    assert {row.layer: row.count for row in report.rows}["experts"] == 2
+    assert "grouped_mm" in str(report)
+    slow = NeMoQwen3MoeForCausalLM(CONFIGS["qwen3_moe"](), backend="torch").backend_report()
+    assert {row.layer: (row.kernel, row.reason) for row in slow.rows}["experts"] == ("torch", "asked for")

@@ -1,0 +1,82 @@
+"""Choosing kernels: what is asked for runs or is refused; automatic choices say why they are not faster."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from automodel.backends import Backend, BackendReport, BackendRow, require_attention, resolve_experts, resolve_norm
+from automodel.logging import log_once
+from ckpt_tools.core.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, Backend()),
+        ("auto", Backend()),
+        ("torch", Backend(experts="torch", norm="torch")),
+        ("grouped_mm", Backend(experts="grouped_mm")),
+        ({"norm": "fused"}, Backend(norm="fused")),
+        (Backend(norm="torch"), Backend(norm="torch")),
+    ],
+)
+def test_backends_are_parsed(value: object, expected: Backend) -> None:
+    assert Backend.parse(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [({"expert": "torch"}, "experts"), ({"experts": "gruoped_mm"}, "grouped_mm"), ("triton", "grouped_mm")],
+)
+def test_unknown_names_are_refused_with_the_known_ones(value: object, hint: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Backend.parse(value)
+    assert hint in error.value.hint
+
+
+def test_the_automatic_choice_falls_back_with_a_reason_and_the_named_one_refuses() -> None:
+    resolved = resolve_experts(Backend(), CPU, torch.float64, 16, 8)
+    assert resolved.kernel == "torch"
+    assert "float64" in resolved.reason
+    with pytest.raises(UsageError, match="float64"):
+        resolve_experts(Backend(experts="grouped_mm"), CPU, torch.float64, 16, 8)
+    assert resolve_experts(Backend(), CPU, torch.bfloat16, 16, 8).kernel == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [("cpu", torch.bfloat16, "torch"), ("cuda", torch.float32, "torch"), ("cuda", torch.bfloat16, "fused")],
+)
+def test_norms_are_fused_on_accelerators_in_half_precision(device: str, dtype: torch.dtype, kernel: str) -> None:
+    resolved = resolve_norm(Backend(), torch.device(device), dtype)
+    assert resolved.kernel == kernel
+    assert bool(resolved.reason) == (kernel == "torch")
+
+
+def test_only_native_attention_is_accepted() -> None:
+    for name in (None, "sdpa", "eager"):
+        require_attention(name)
+    with pytest.raises(UsageError, match="flex_attention"):
+        require_attention("flex_attention")
+
+
+def test_the_report_is_an_aligned_table() -> None:
+    report = BackendReport((BackendRow("experts", 12, "torch", "too odd"), BackendRow("norm", 3, "fused", "")))
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "count", "runs", "why", "not", "faster"]
+    assert lines[1].index("torch") == lines[2].index("fused") == lines[0].index("runs")
+    assert lines[2].endswith("-")
+
+
+def test_the_report_logs_each_shortfall_once(caplog: pytest.LogCaptureFixture) -> None:
+    log_once.cache_clear()
+    report = BackendReport((BackendRow("experts", 1, "torch", "too odd"), BackendRow("norm", 1, "torch", "asked for")))
+    with caplog.at_level(logging.INFO, logger="automodel"):
+        report.log()
+        report.log()
+    assert [record.getMessage() for record in caplog.records] == ["experts: running torch: too odd"]
