@@ -437,7 +437,8 @@ def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
         raise UsageError(f"{checkpoint.root} is of no known family, so its form {form!r} is not known either")
     if checkpoint.layout.form == (form or ""):
         return checkpoint.layout
-    return get_family(checkpoint.layout.family).layout(checkpoint.config, form=form or "")
+    family, names = get_family(checkpoint.layout.family), checkpoint.layout.native
+    return family.layout(checkpoint.config, form=form or "", names=names)
 
 
 def _dtype(text: str | None) -> DType | None:

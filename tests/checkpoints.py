@@ -53,6 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,
+        "head_dim": 4,
         "first_k_dense_replace": 1,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -146,7 +146,7 @@ def _recognise(
     # The side is chosen by names, never by shape. Where neither fits, the error speaks of the nearer one.
     side: Side = "native" if len(names ^ layout.native.keys()) < len(names ^ layout.shapes("hf").keys()) else "hf"
     if side == "native" and form:
-        layout = chosen.layout(config, form=form)
+        layout = chosen.layout(config, form=form, names=names)
     layout.check_names(names, side, str(path))
     return layout, side, duplicates, dropped
 

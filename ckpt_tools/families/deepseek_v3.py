@@ -1,5 +1,8 @@
 """DeepSeek V3 and R1 (`DeepseekV3ForCausalLM`), Kimi K2 and Moonlight: multi-head latent attention, shared experts,
-group-limited routing with an FP32 correction bias, first dense layers, and layers for multi-token prediction."""
+group-limited routing with an FP32 correction bias, first dense layers, and layers for multi-token prediction.
+
+Many repositories leave the latter out although their config counts them: the names decide.
+"""
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
@@ -112,4 +115,5 @@ FAMILY = Family(
     ),
     dropped=decoder.DROPPED,
     forms=(Form("fp8", "fp8", encoded=MATRICES, quantization_config=FP8_BLOCKS),),
+    optional_layers={"predict": LAYER},
 )

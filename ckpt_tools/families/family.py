@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.names import fill
 from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
 from ckpt_tools.layouts.layout import Layout, Shape, resolve
 from ckpt_tools.layouts.rules import Rule
@@ -59,6 +60,8 @@ class Family:
         tied: names absent from disk when `tie_word_embeddings` is set, with the name they share.
         dropped: templates of names that are on disk in some repositories and hold no weights.
         forms: other forms of the Hugging Face side.
+        optional_layers: kinds of layers that many repositories leave out whatever their config says, with the
+            template of the names in such a layer. They are there if any name of theirs is, and then wholly.
     """
 
     name: str
@@ -70,23 +73,28 @@ class Family:
     tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     dropped: tuple[str, ...] = ()
     forms: tuple[Form, ...] = ()
+    optional_layers: Mapping[str, str] = field(default_factory=dict)
 
-    def layout(self, config: Mapping[str, Any], *, form: str = "", names: Collection[str] | None = None) -> Layout:
+    def layout(
+        self, config: Mapping[str, Any], *, form: str | None = None, names: Collection[str] | None = None
+    ) -> Layout:
         """The layout for one config.
 
         Args:
             config: content of config.json.
-            form: name of the form of the Hugging Face side, empty for the plain one.
-            names: the names of a checkpoint that is read: its form, and which leaves are encoded, is then read from
-                them and `form` is not looked at.
+            form: name of the form of the Hugging Face side, empty for the plain one. None reads it, and which leaves
+                are encoded, from `names`; without those it is the plain one.
+            names: the names of a checkpoint or of a model, on either side: they decide whether optional layers are
+                there. Without them the config does.
 
         Raises:
             LayoutError: the config is not of this family's form.
             UsageError: the family has no such form.
         """
-        shape = self.shape(config)
+        shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names)
         tied = dict(self.tied) if "tied" in shape.flags else {}
-        chosen = self._form(form) if names is None else self._form_of(names)
+        reads_form = form is None and names is not None
+        chosen = self._form_of(names or ()) if reads_form else self._form(form or "")
         extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped}
         if chosen is None:
             return resolve(self.name, self.rules, shape, None, **extra)
@@ -94,9 +102,9 @@ class Family:
         encoding, rules = ENCODINGS[chosen.encoding], chosen.rules or self.rules
 
         def encoding_of(template: str, name: str) -> Encoding | None:
-            if names is None:
-                return encoding if template in chosen.encoded else None
-            return encoding if all(part in names for part in encoding.part_names(name)) else None
+            if reads_form:
+                return encoding if all(part in (names or ()) for part in encoding.part_names(name)) else None
+            return encoding if template in chosen.encoded else None
 
         return resolve(self.name, rules, shape, encoding_of, **extra)
 
@@ -119,6 +127,17 @@ class Family:
             leaf.name for leaf in layout.leaves.values() if leaf.encoding is None and leaf.name.endswith(".weight")
         ]
         return {**form.quantization_config, "modules_to_not_convert": [name.removesuffix(".weight") for name in plain]}
+
+    def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
+        """`shape` without its optional layers if none of `names` is in one."""
+        prefixes = tuple(
+            fill(self.optional_layers[kind], layer=index)
+            for index, kind in enumerate(shape.layers)
+            if kind in self.optional_layers
+        )
+        if not prefixes or any(name.startswith(prefixes) for name in names):
+            return shape
+        return replace(shape, layers=tuple(kind for kind in shape.layers if kind not in self.optional_layers))
 
     def _form(self, name: str) -> Form | None:
         if not name:

@@ -85,6 +85,7 @@ class Layout:
         stacked: native names that are stacked over experts along dimension 0.
         form: name of the Hugging Face side's form, such as `fp8`; empty for the one in plain floating point.
         leaf_form: name of the form whose rules name the leaves: `form` where it has rules of its own, else empty.
+        layers: kind of each layer that is there, in order.
     """
 
     family: str
@@ -95,6 +96,7 @@ class Layout:
     stacked: frozenset[str] = frozenset()
     form: str = ""
     leaf_form: str = ""
+    layers: tuple[str, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -165,7 +167,7 @@ def resolve(
     for leaf in leaves.values():
         if used.get(leaf.name) != leaf.numel:
             raise LayoutError(f"{family}: the rules use {used.get(leaf.name)} of {leaf.numel} elements of {leaf.name}")
-    return Layout(family, native, leaves, stacked=frozenset(stacked), **extra)  # type: ignore[arg-type]
+    return Layout(family, native, leaves, stacked=frozenset(stacked), layers=shape.layers, **extra)  # type: ignore[arg-type]
 
 
 def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
