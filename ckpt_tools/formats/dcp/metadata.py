@@ -26,6 +26,7 @@ from ckpt_tools.formats.tiling import Box, check, find_fault
 METADATA_FILE: Final = ".metadata"
 BLOB_REASON: Final = "a pickled object; never opened"
 OPTIMIZER_REASON: Final = "optimizer state"
+RUN_REASON: Final = "state of the training run"
 _OPTIMIZER_ROOTS: Final = frozenset({"optimizer", "optimizers", "optim", "optimizer_state", "optimizer_states"})
 _OPTIMIZER_LEAVES: Final = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta", "grad_avg"}
@@ -47,6 +48,8 @@ def open_dcp(root: Path) -> Store:
     for name, tensor in description.tensors.items():
         if _is_optimizer_state(name):
             skipped[name] = OPTIMIZER_REASON
+        elif name.startswith("train_state."):
+            skipped[name] = RUN_REASON
         else:
             model[name] = tensor
     pieces = [piece for name, tensor in model.items() for piece in _pieces(root, name, tensor, description)]
