@@ -22,11 +22,8 @@ from ckpt_tools.engine.transfer import Reader, Window, Writer, gather, scatter
 
 T = TypeVar("T")
 
-WINDOW = 256 << 10
-"""Bytes that a thread holds at once for plain copies: small enough to stay in the core's cache."""
-
-STRIDED_WINDOW = 1 << 20
-"""Bytes that a thread holds at once for strided copies, so that the runs within are long."""
+WINDOW = 1 << 20
+"""Bytes that a thread holds at once: few calls for plain copies, long runs for strided ones, little memory."""
 
 
 class Progress(Protocol):
@@ -182,7 +179,7 @@ def windows(task: Task, reader: Reader) -> Iterator[Window]:
 def window_items(copy: LeafCopy) -> int:
     """Items of a window: whole rows of the strided extents where those fit, so that a cut falls between rows."""
     strided = [e.leaf_strides[0] for e in (*copy.source, *copy.target) if not e.is_contiguous]
-    items = (STRIDED_WINDOW if strided else WINDOW) // max(copy.source_itemsize, copy.target_itemsize)
+    items = WINDOW // max(copy.source_itemsize, copy.target_itemsize)
     row = max(strided, default=1)
     return items - items % row if row <= items else items
 
