@@ -44,8 +44,8 @@ class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
-    while threads copy. Also guards against a source that changes while it is read: `check_unchanged` compares size, modification time and
-    inode with those at opening.
+    while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
+    modification time and inode with those at opening.
     """
 
     def __init__(self, root: Path) -> None:
