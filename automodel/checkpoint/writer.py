@@ -160,7 +160,6 @@ def _write(
         data = host_bytes(piece.cpu())
         digest.update(data)
         writer.write(file, position, data)
-        writer.write_behind(file, position, len(data))
         position += len(data)
     writer.write(file, position, memoryview(framed.suffix))
     return BlobResult(

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
-from ckpt_tools.engine.execute import STRIDED_WINDOW, Progress, default_threads, execute
+from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
 
-PER_THREAD = 4 * STRIDED_WINDOW
+PER_THREAD = 4 * WINDOW
 """Upper bound of the bytes that a thread holds: window, cast copy and scratch of a strided run."""
 
 SLACK = 16 << 20

@@ -67,9 +67,6 @@ class Plain:
         """Items of the longest row that strided extents break the leaf into; 1 when none is strided."""
         return max((e.leaf_strides[0] for e in self.extents if not e.is_contiguous), default=1)
 
-    def is_strided(self) -> bool:
-        return any(not e.is_contiguous for e in self.extents)
-
     def fill(self, window: Window, reader: Reader) -> None:
         """Reads the window's values."""
         gather(self.extents, window, reader)
@@ -121,9 +118,6 @@ class Encoded:
 
     def rows(self) -> int:
         return 1
-
-    def is_strided(self) -> bool:
-        return True
 
     def fill(self, window: Window, reader: Reader) -> None:
         """Reads and decodes the window's values, at any alignment."""

@@ -21,11 +21,8 @@ from ckpt_tools.engine.transfer import Reader, Window, Writer
 
 T = TypeVar("T")
 
-WINDOW = 256 << 10
-"""Bytes that a thread holds at once for plain copies: small enough to stay in the core's cache."""
-
-STRIDED_WINDOW = 1 << 20
-"""Bytes that a thread holds at once for strided copies, so that the runs within are long."""
+WINDOW = 1 << 20
+"""Bytes that a thread holds at once: few calls for plain copies, long runs for strided ones, little memory."""
 
 
 class Progress(Protocol):
@@ -180,8 +177,7 @@ def windows(task: Task, reader: Reader) -> Iterator[Window]:
 def window_items(copy: LeafCopy) -> int:
     """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit."""
     ends = [end for end in (copy.source, copy.target) if end is not None]
-    budget = STRIDED_WINDOW if any(end.is_strided() for end in ends) else WINDOW
-    items = budget // max(end.itemsize for end in ends)
+    items = WINDOW // max(end.itemsize for end in ends)
     block = math.lcm(copy.source.read_step, copy.target.write_step if copy.target else 1)
     if block > 1:
         return max(1, items // block) * block

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ckpt_tools.core.errors import InputChangedError, StorageError
 from ckpt_tools.core.paths import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+READ_AHEAD = 8 << 20
+"""Bytes asked of the disk ahead of what was read; more crowds out the writes (measured, docs/performance.md)."""
+
+_ADVISE = getattr(os, "posix_fadvise", None)
 
 _HINTS = {
     errno.ENOSPC: "free disk space and run the same command again: it resumes",
@@ -39,13 +43,15 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
 class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
-    Also guards against a source that changes while it is read: `check_unchanged` compares size, modification time and
-    inode with those at opening.
+    Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
+    while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
+    modification time and inode with those at opening.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
+        self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def read(self, file: str, position: int, into: memoryview) -> None:
@@ -62,6 +68,7 @@ class FileReader:
                         hint="the file was truncated after it was opened; fetch it again",
                     )
                 done += count
+        self._read_ahead(file, fd, position + done)
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
@@ -74,6 +81,14 @@ class FileReader:
                     f"{path} changed while it was being read; nothing was written under the final name",
                     hint="stop whatever writes there and run the command again",
                 )
+
+    def _read_ahead(self, file: str, fd: int, position: int) -> None:
+        asked = self._asked.get(file, 0)
+        # Threads may overtake each other here; the worst is a range asked for twice.
+        if _ADVISE is not None and position + READ_AHEAD > asked:
+            begin = max(asked, position)
+            self._asked[file] = begin + READ_AHEAD
+            _ADVISE(fd, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for fd, _ in self._open.values():
@@ -117,7 +132,7 @@ class FileWriter:
             fd = self._descriptor(file, os.O_CREAT)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
-                _allocate(fd, size)
+                os.ftruncate(fd, size)
 
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes all of `data` at byte `position` of `file`."""
@@ -126,10 +141,6 @@ class FileWriter:
             done = 0
             while done < len(data):
                 done += os.pwrite(fd, data[done:], position + done)
-
-    def write_behind(self, file: str, position: int, size: int) -> None:
-        """Asks the kernel to start writing a range to the disk now, so that the final sync has little left."""
-        _start_writeback(self._descriptor(file), position, size)
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
@@ -157,34 +168,6 @@ class FileWriter:
                     found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
-
-
-def _allocate(fd: int, size: int) -> None:
-    """Reserves the space now, so that a full disk is found before any copying, where the file system can."""
-    try:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-    os.ftruncate(fd, size)
-
-
-def _load_sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return cast("Callable[[int, int, int, int], int] | None", function)
-
-
-_SYNC_FILE_RANGE_WRITE = 2
-_sync_file_range = _load_sync_file_range()
-
-
-def _start_writeback(fd: int, position: int, size: int) -> None:
-    # Advice only: a file system without it writes everything at the final sync instead.
-    if _sync_file_range is not None:
-        _sync_file_range(fd, position, size, _SYNC_FILE_RANGE_WRITE)
 
 
 class MemoryFiles:

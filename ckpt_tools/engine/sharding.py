@@ -1,8 +1,9 @@
 """Which box of a native tensor each rank of a training mesh holds, without torch.
 
-Expert tensors are sharded by experts (dim 0) over `ep` and by rows (dim 1) over `dp_shard`; every other tensor by dim 0
-over the two axes flattened. Chunks are torch's: `ceil(n / parts)` indices each, the last ones shorter or empty
-(`torch.chunk`, `DTensor`'s `Shard`), so that a rank of a job on that mesh finds its part in one file.
+With experts divided (`ep` above 1), expert tensors are sharded by experts (dim 0) over `ep` and by rows (dim 1) over
+`dp_shard`; every other tensor is sharded by dim 0 over the two axes flattened. Chunks are torch's: `ceil(n / parts)`
+indices each, the last ones shorter or empty (`torch.chunk`, `DTensor`'s `Shard`), so that a rank of a job on that mesh
+finds its part in one file.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def boxes(
         return
     zeros, rest = (0,) * len(shape), shape[1:]
     for rank in range(mesh.ranks):
-        if stacked:
+        if stacked and mesh.ep > 1:
             row, expert = divmod(rank, mesh.ep)
             low, high = shard_range(shape[0], mesh.ep, expert)
             top, bottom = shard_range(shape[1], mesh.dp_shard, row)

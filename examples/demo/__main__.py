@@ -36,7 +36,7 @@ def scenario(demo: Walkthrough) -> None:
     demo.run("native = source, bit for bit", CKPT, "verify", native, "--against", source)
     demo.run("round trip, bit for bit", CKPT, "roundtrip", source, "--mesh", "ep=2")
 
-    demo.step("Training by two processes: experts divided over `ep`, everything else sharded by FSDP2")
+    demo.step("Training by two processes: FSDP2 x expert parallel")
     demo.run("train", CKPT, "train", HERE / "train.yaml", "--nproc-per-node", "2")
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     fell = len(losses) == STEPS and losses[0] - losses[-1] > LEARNED

@@ -77,7 +77,8 @@ def _outcome(receiver: Any, process: Any, deadline: float) -> tuple[Any, str | N
 
 
 def _rank(rank: int, world_size: int, scratch: str, sender: Any, work: bytes) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    # No GPU, also where there is one: these ranks talk over gloo, and may be more than the GPUs.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     try:
         function, args = pickle.loads(work)

@@ -125,8 +125,10 @@ def test_an_interrupted_run_says_whether_a_rerun_goes_on(
 
 def test_ctrl_c_reaches_a_process(tmp_path: Path) -> None:
     program = """if True:
-        import sys, time
+        import signal, sys, time
         import ckpt_tools.api
+        # A test run in the background of a shell inherits that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from ckpt_tools.cli import main
         ckpt_tools.api.inspect = lambda *a, **k: (print(flush=True), time.sleep(60))
         sys.argv = ["ckpt", "inspect", "x"]

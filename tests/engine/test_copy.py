@@ -293,7 +293,7 @@ def test_an_input_that_changes_during_the_run_is_detected(tmp_path: Path, monkey
 PROGRAM = """
 import sys
 from ckpt_tools.engine import execute
-execute.WINDOW = execute.STRIDED_WINDOW = 512
+execute.WINDOW = 512
 from ckpt_tools import convert
 convert(sys.argv[1], sys.argv[2], mesh="dp_shard=2,ep=2", overwrite=True)
 """
