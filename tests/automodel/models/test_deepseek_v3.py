@@ -194,7 +194,9 @@ def _save_and_resume(repository: Path, checkpoint: Path) -> int:
         optimizer = build_optimizer(model, OptimizerConfig())
         if values:
             state = {**model_state(model), **optimizer_state(model, optimizer), TRAIN_STATE_JSON: STATE.encode()}
-            save_checkpoint(checkpoint, state, family="deepseek_v3", side_files=source.side_files(), source={})
+            save_checkpoint(
+                checkpoint, state, family="deepseek_v3", side_files=source.side_files(), source=source.origin
+            )
         else:
             assert load_checkpoint(checkpoint, model, optimizer) == STATE
         models.append(model)
