@@ -7,6 +7,7 @@ architecture is transformers' own class, and says so.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,11 +108,14 @@ class _NeMoAutoModel:
                 request, pretrained_model_name_or_path, location, config, mesh, _device(device, {}), revision, unused
             )
         device = _device(device, unused)
+        if location.is_native:
+            config = _unquantised(config)
         _refuse_unsupported(model_class, config, model_args, unused)
         if not location.has_weights:
             location = locate(pretrained_model_name_or_path, revision=revision, options=kwargs)
         checkpoint = open_checkpoint(location.root)
-        model = _build(model_class, config, _dtype_of(request.dtype, config, checkpoint), attn_implementation, backend)
+        chosen = _dtype_of(request.dtype, config, checkpoint)
+        model = _build(model_class, config, chosen, attn_implementation, backend, count_predict_layers(checkpoint))
         parallelize(model, mesh)
         load_parameters(model, checkpoint, device=device)
         _attach_source(model, location)
@@ -131,17 +135,21 @@ class _NeMoAutoModel:
         device_mesh: DeviceMesh | ParallelMesh | MeshConfig | None = None,
         backend: str | Mapping[str, str] | Backend = "auto",
         device: str | torch.device | int | None = None,
+        predict_layers: int = 0,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """A model with fresh weights; drop-in for transformers' method.
 
-        The weights of a native model depend on torch's random seed and on the config, not on the mesh.
+        The weights of a native model depend on torch's random seed and on the config, not on the mesh, and are not
+        quantised even if the config is of a quantised checkpoint.
 
         Args:
             config: of the model.
             dtype: of the parameters; by default the config's, else torch's default dtype.
             torch_dtype: older spelling of `dtype`.
             attn_implementation, trust_remote_code, device_mesh, backend, device: as in `from_pretrained`.
+            predict_layers: layers for multi-token prediction that a native model holds, to be filled from a checkpoint
+                that has them; fresh models need none, whatever the config counts.
             kwargs: for a transformers class.
 
         Raises:
@@ -157,8 +165,9 @@ class _NeMoAutoModel:
             request = fallback.Request(cls.transformers_class, (), chosen, attn_implementation, trust_remote_code)
             return fallback.from_config(request, config, mesh, _device(device, {}), kwargs)
         device = _device(device, kwargs)
+        config = _unquantised(config)
         _refuse_unsupported(model_class, config, (), kwargs)
-        model = _build(model_class, config, chosen, attn_implementation, backend)
+        model = _build(model_class, config, chosen, attn_implementation, backend, predict_layers)
         parallelize(model, mesh)
         allocate(model, device)
         initialize(model)
@@ -242,15 +251,29 @@ def _build(
     dtype: torch.dtype,
     attn_implementation: str | None,
     backend: str | Mapping[str, str] | Backend,
+    predict_layers: int,
 ) -> NativeCausalLM:
     """The model on the meta device."""
     require_attention(attn_implementation)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     with torch.device("meta"):
-        model = model_class(config, backend=Backend.parse(backend))
+        model = model_class(config, backend=Backend.parse(backend), predict_layers=predict_layers)
     config.dtype = dtype
     return model.to(dtype)
+
+
+def count_predict_layers(checkpoint: Checkpoint) -> int:
+    """Layers for multi-token prediction that a checkpoint has; its names decide, not its config."""
+    return checkpoint.layout.layers.count("predict")
+
+
+def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of plain parameters: native checkpoints keep the config of a quantised source as it was."""
+    if getattr(config, "quantization_config", None) is not None:
+        config = copy.copy(config)
+        del config.quantization_config
+    return config
 
 
 def _dtype_of(wanted: object, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -294,7 +317,7 @@ def _refuse_unsupported(
         method = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else quantization
         raise UsageError(
             f"{model_class.__name__} does not load quantised checkpoints ({method})",
-            hint="load the unquantised checkpoint, or use transformers' class for this one",
+            hint="`ckpt convert --dequantize` makes a native checkpoint of it that loads; transformers' class may, too",
         )
     refused = ["positional arguments"] if model_args else []
     refused += sorted(name for name, value in options.items() if not _is_harmless(name, value))

@@ -25,7 +25,7 @@ _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 def rope_type(config: PreTrainedConfig) -> str:
     """The config's kind of rotary embedding, `"default"` where it names none."""
-    parameters = _rope_parameters(config)
+    parameters = rope_parameters(config)
     # "type" is the spelling of configs written before transformers 4.43.
     return parameters.get("rope_type") or parameters.get("type") or "default"
 
@@ -57,12 +57,13 @@ def rope_frequencies(
 
 def original_max_positions(config: PreTrainedConfig) -> int:
     """Sequence length that a `longrope` model was pretrained at, where its short factors end."""
-    from_rope = _rope_parameters(config).get("original_max_position_embeddings") if TRANSFORMERS_5 else None
+    from_rope = rope_parameters(config).get("original_max_position_embeddings") if TRANSFORMERS_5 else None
     # 4.57 looks for it beside the rope fields, never inside them.
     return from_rope or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
 
 
-def _rope_parameters(config: PreTrainedConfig) -> Mapping[str, Any]:
+def rope_parameters(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """The config's description of its rotary embedding beyond the base, empty where it has none, in either spelling."""
     return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
@@ -78,7 +79,7 @@ def _in_installed_spelling(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _default_frequencies(config: PreTrainedConfig, device: torch.device) -> torch.Tensor:
     # 5.x moved this formula from ROPE_INIT_FUNCTIONS into each model file, hence it is spelled here.
-    parameters = _rope_parameters(config)
+    parameters = rope_parameters(config)
     theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0

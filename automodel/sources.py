@@ -31,6 +31,11 @@ class Location:
     repository: str | None
     has_weights: bool
 
+    @property
+    def is_native(self) -> bool:
+        """Whether it is a native checkpoint, which carries its side files in a folder."""
+        return self.side_root != self.root
+
 
 def locate(
     source: str | Path, *, revision: str | None, options: Mapping[str, object], weights: bool = True

@@ -30,6 +30,7 @@ from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_d
 from ckpt_tools.families import FAMILIES, get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
+from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
 
@@ -134,6 +135,7 @@ def convert(
     mesh: str | None = None,
     file_format: NativeFormat = "dcp",
     dtype: str | None = None,
+    dequantize: bool = False,
     family: str | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
@@ -151,6 +153,7 @@ def convert(
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
         dtype: cast floating-point tensors; None keeps every dtype.
+        dequantize: turn FP8 and MXFP4 tensors into BF16, which the native layout holds; refused otherwise.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
@@ -163,6 +166,11 @@ def convert(
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
     checkpoint = open_checkpoint(resolved.path, family=family)
+    if checkpoint.is_encoded and not dequantize:
+        raise UsageError(
+            f"{source} is quantised ({checkpoint.layout.form}); the native layout holds plain floating point",
+            hint="add --dequantize to turn it into BF16, or --family identity to copy its tensors as they are",
+        )
     plan = plan_native(
         checkpoint,
         mesh=None if mesh is None else parse_mesh(mesh),
@@ -182,6 +190,7 @@ def consolidate(
     destination: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     family: str | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -199,6 +208,7 @@ def consolidate(
         source: directory of the checkpoint.
         destination: directory to make.
         dtype: cast floating-point tensors; None keeps every dtype.
+        quantize: `fp8` or `mxfp4`, where the family is published in that form; None writes plain tensors.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
@@ -209,13 +219,14 @@ def consolidate(
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source))
-    checkpoint = open_checkpoint(resolved.path, family=family)
-    plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size))
+    checkpoint = open_checkpoint(resolved.path, family=family, form=quantize or "")
+    target = _target_layout(checkpoint, quantize)
+    plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
     options = _options(overwrite, threads, memory, progress)
     if not dry_run:
         check_duplicates(checkpoint)
-        dtypes = {copy.name: copy.target_dtype for copy in plan.copies}
-        side_files = repository_side_files(checkpoint.config, checkpoint.side_root, dtypes)
+        dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
+        side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
         run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
     return _report(plan, None if dry_run else destination, options, started)
 
@@ -250,7 +261,10 @@ def verify(
     if digests:
         checks.done += verify_digests(checkpoint, threads=threads, progress=progress)
     if against is not None:
-        other = open_checkpoint(resolve_source(str(against)).path, family=family)
+        other = open_checkpoint(resolve_source(str(against)).path, family=family, form=checkpoint.layout.form)
+        # A native checkpoint can be seen against any form: against that of the other side.
+        if other.layout.form != checkpoint.layout.form and checkpoint.side == "native":
+            checkpoint = open_checkpoint(checkpoint.root, family=family, form=other.layout.form)
         count = compare(checkpoint, other, threads=threads, progress=progress)
         checks.done.append(f"values: {count:,} tensors equal those of {against} bit for bit")
     return VerifyReport(
@@ -276,6 +290,8 @@ def roundtrip(
 ) -> RoundtripReport:
     """Converts a repository, consolidates the result and compares it with the source bit for bit.
 
+    A quantised repository is dequantised on the way, and its values compared.
+
     Args:
         source: a directory or a Hub repository.
         work: directory for the two copies, which are removed; None takes the system's temporary directory.
@@ -287,9 +303,13 @@ def roundtrip(
     path = resolve_source(str(source)).path
     with tempfile.TemporaryDirectory(prefix="ckpt-roundtrip-", dir=work) as folder:
         native, back = Path(folder, "native"), Path(folder, "hf")
-        there = convert(path, native, mesh=mesh, family=family, threads=threads, progress=progress)
+        there = convert(path, native, mesh=mesh, dequantize=True, family=family, threads=threads, progress=progress)
         again = consolidate(native, back, family=family, threads=threads, progress=progress)
-        checked = verify(back, against=path, family=family, threads=threads, progress=progress)
+        # A quantised source is compared with what it was dequantised to, and that with the plain repository.
+        encoded = open_checkpoint(path, family=family).is_encoded
+        if encoded:
+            verify(native, against=path, family=family, threads=threads, progress=progress)
+        checked = verify(back, against=native if encoded else path, family=family, threads=threads, progress=progress)
     return RoundtripReport(
         str(source), there.family, checked.tensors, checked.nbytes, there.seconds, again.seconds, checked.seconds
     )
@@ -302,6 +322,8 @@ def plan(
     mesh: str | None = None,
     file_format: NativeFormat = "dcp",
     dtype: str | None = None,
+    dequantize: bool = False,
+    quantize: str | None = None,
     family: str | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
@@ -316,6 +338,8 @@ def plan(
         mesh: as for `convert`.
         file_format: as for `convert`.
         dtype: as for both.
+        dequantize: as for `convert`.
+        quantize: as for `consolidate`.
         family: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
@@ -330,6 +354,7 @@ def plan(
             path,
             "",
             dtype=dtype,
+            quantize=quantize,
             family=family,
             max_shard_size=max_file_size,
             memory=memory,
@@ -342,6 +367,7 @@ def plan(
         mesh=mesh,
         file_format=file_format,
         dtype=dtype,
+        dequantize=dequantize,
         family=family,
         max_file_size=max_file_size,
         memory=memory,
@@ -398,6 +424,23 @@ def list_families() -> list[FamilyReport]:
     ]
 
 
+def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
+    """The layout of a repository that is made out of a checkpoint, plain or in a quantised form."""
+    if checkpoint.is_encoded:
+        raise UsageError(
+            f"{checkpoint.root} is already a Hugging Face repository, quantised ({checkpoint.layout.form})",
+            hint="`ckpt convert --dequantize` makes a native checkpoint of it, which can be consolidated into any form",
+        )
+    if checkpoint.layout.is_identity:
+        if form is None:
+            return checkpoint.layout
+        raise UsageError(f"{checkpoint.root} is of no known family, so its form {form!r} is not known either")
+    if checkpoint.layout.form == (form or ""):
+        return checkpoint.layout
+    family, names = get_family(checkpoint.layout.family), checkpoint.layout.native
+    return family.layout(checkpoint.config, form=form or "", names=names)
+
+
 def _dtype(text: str | None) -> DType | None:
     if text is None:
         return None
@@ -424,7 +467,8 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
     source = {"directory": plan.source.root.name}
     if resolved.repository:
         source = {"repository": resolved.repository, "revision": resolved.revision or ""}
-    return Manifest(plan.source.layout.family, LAYOUT_VERSION, plan.side, TOOL, source)
+    layout = plan.source.layout
+    return Manifest(layout.family, LAYOUT_VERSION, plan.side, TOOL, layout.leaf_form, source)
 
 
 def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, started: float) -> CopyReport:
@@ -441,7 +485,7 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
         len(plan.copies),
         plan.nbytes_written,
         len(plan.target.store.files),
-        sum(copy.casts for copy in plan.copies),
+        sum(copy.changes_values for copy in plan.copies),
         dropped,
         len(source.store.skipped),
         threads * PER_THREAD,

@@ -24,6 +24,8 @@ CASES = {
     "qwen3_moe-tied": "Qwen3-MoE, tied embeddings",
     "qwen3_moe-raw_weights": "Qwen3-MoE, `norm_topk_prob: false`",
     "qwen3_moe-dense_layers": "Qwen3-MoE, `mlp_only_layers` and `decoder_sparse_step`",
+    "gpt_oss": "GPT-OSS (unquantised form)",
+    "deepseek_v3": "DeepSeek V3 (unquantised form)",
     "mixtral": "Mixtral",
     "qwen3": "Qwen3",
     "qwen2": "Qwen2",

@@ -65,7 +65,7 @@ def save_checkpoint(
             dcp.save(dict(state), storage_writer=writer, planner=TensorPlanner(), no_dist=no_dist)
         with raise_together("completing the checkpoint"):
             if first:
-                manifest = Manifest(family, LAYOUT_VERSION, "native", TOOL, dict(source), blobs=writer.blobs)
+                manifest = Manifest(family, LAYOUT_VERSION, "native", TOOL, source=dict(source), blobs=writer.blobs)
                 for name, data in side_files.items():
                     staging.write_document(f"hf/{name}", data)
                     manifest.side_files[f"hf/{name}"] = xxhash.xxh3_128_hexdigest(data)

@@ -5,15 +5,15 @@ Legend: M rows, D hidden, F expert width, E experts of this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
+from automodel.kernels.activations import SWIGLU, GatedActivation
+
 ExpertsKernel = Literal["torch", "grouped_mm"]
-Activation = Callable[[torch.Tensor], torch.Tensor]
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _GROUPED_DTYPES = {
@@ -52,9 +52,12 @@ def expert_mlp(
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
     kernel: ExpertsKernel,
-    activation: Activation = F.silu,
+    activation: GatedActivation = SWIGLU,
+    *,
+    gate_up_bias_E2F: torch.Tensor | None = None,
+    down_bias_ED: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """down(activation(gate(x)) * up(x)) with the expert of each row.
+    """down(activation(gate(x), up(x))) with the expert of each row.
 
     Args:
         x_MD: rows sorted by expert.
@@ -63,39 +66,56 @@ def expert_mlp(
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
             `grouped_mm_obstacle` tells.
-        activation: of the gate half.
+        activation: of the gate half and the up half.
+        gate_up_bias_E2F, down_bias_ED: added to the two projections.
 
     Returns:
         [M, D] in the dtype of `x_MD`.
     """
     if kernel == "grouped_mm":
         ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
-        gate_MF, up_MF = _GroupedLinear.apply(x_MD, gate_up_E2FD, ends_E).chunk(2, dim=-1)
-        return _GroupedLinear.apply(activation(gate_MF) * up_MF, down_EDF, ends_E)
-    return _loop(x_MD, counts_E, gate_up_E2FD, down_EDF, activation)
+        gate_MF, up_MF = _GroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, ends_E).chunk(2, dim=-1)
+        return _GroupedLinear.apply(activation(gate_MF, up_MF), down_EDF, down_bias_ED, ends_E)
+    return _loop(x_MD, counts_E, gate_up_E2FD, down_EDF, activation, gate_up_bias_E2F, down_bias_ED)
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """y = x @ w[e].T for the rows of each expert e.
+    """y = x @ w[e].T + b[e] for the rows of each expert e.
 
     torch differentiates grouped_mm itself, but refuses gradients that are expanded views, and rows that are none.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_MI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: FunctionCtx,
+        x_MI: torch.Tensor,
+        weight_EOI: torch.Tensor,
+        bias_EO: torch.Tensor | None,
+        ends_E: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x_MI, weight_EOI, ends_E)
-        return _grouped(x_MI, weight_EOI.transpose(-2, -1), ends_E)
+        y_MO = _grouped(x_MI, weight_EOI.transpose(-2, -1), ends_E)
+        return y_MO if bias_EO is None else y_MO + bias_EO.index_select(0, _expert_of_row(ends_E, len(x_MI)))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_MI, weight_EOI, ends_E = ctx.saved_tensors
         grad_MO = grad_MO.contiguous()
         grad_x = _grouped(grad_MO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             empty = x_MI.shape[0] == 0
             grad_weight = torch.zeros_like(weight_EOI) if empty else _grouped_mm(grad_MO.t(), x_MI, offs=ends_E)
-        return grad_x, grad_weight, None
+        if ctx.needs_input_grad[2]:
+            # A product, not index_add: it sums in FP32 and in one order, whatever the dtype and the device.
+            expert_M = _expert_of_row(ends_E, len(x_MI))
+            chosen_EM = expert_M == torch.arange(len(ends_E), device=expert_M.device).unsqueeze(1)
+            grad_bias = chosen_EM.to(grad_MO.dtype) @ grad_MO
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _expert_of_row(ends_E: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.searchsorted(ends_E, torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype), right=True)
 
 
 def _grouped(x_MI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -109,18 +129,19 @@ def _loop(
     counts_E: torch.Tensor,
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
-    activation: Activation,
+    activation: GatedActivation,
+    gate_up_bias_E2F: torch.Tensor | None,
+    down_bias_ED: torch.Tensor | None,
 ) -> torch.Tensor:
     # unbind, not indexing: its backward stacks the gradients once, where each index would make a full-size tensor.
     rows = x_MD.split(counts_E.tolist())
-    parts = [
-        F.linear(_gated(F.linear(x, gate_up), activation), down)
-        for x, gate_up, down in zip(rows, gate_up_E2FD.unbind(0), down_EDF.unbind(0), strict=True)
-    ]
+    none = (None,) * len(rows)
+    gate_up_biases = none if gate_up_bias_E2F is None else gate_up_bias_E2F.unbind(0)
+    down_biases = none if down_bias_ED is None else down_bias_ED.unbind(0)
+    experts = zip(rows, gate_up_E2FD.unbind(0), gate_up_biases, down_EDF.unbind(0), down_biases, strict=True)
+    parts = []
+    for x, gate_up, gate_up_bias, down, down_bias in experts:
+        gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
+        parts.append(F.linear(activation(gate, up), down, down_bias))
     # A process that holds no expert receives no rows; its input stands in, to stay part of the backward pass.
     return torch.cat(parts) if parts else x_MD
-
-
-def _gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate) * up

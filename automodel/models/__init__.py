@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.deepseek_v3 import NeMoDeepseekV3ForCausalLM
+from automodel.models.gpt_oss import NeMoGptOssForCausalLM
 from automodel.models.llama import NeMoLlamaForCausalLM
 from automodel.models.mixtral import NeMoMixtralForCausalLM
 from automodel.models.qwen2 import NeMoQwen2ForCausalLM
@@ -15,6 +17,8 @@ from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
 __all__ = [
     "NATIVE_MODELS",
     "NativeCausalLM",
+    "NeMoDeepseekV3ForCausalLM",
+    "NeMoGptOssForCausalLM",
     "NeMoLlamaForCausalLM",
     "NeMoMixtralForCausalLM",
     "NeMoQwen2ForCausalLM",
@@ -27,6 +31,8 @@ NATIVE_MODELS: dict[str, type[NativeCausalLM]] = {
     for model in (
         NeMoQwen3MoeForCausalLM,
         NeMoMixtralForCausalLM,
+        NeMoDeepseekV3ForCausalLM,
+        NeMoGptOssForCausalLM,
         NeMoQwen3ForCausalLM,
         NeMoQwen2ForCausalLM,
         NeMoLlamaForCausalLM,

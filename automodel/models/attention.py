@@ -8,6 +8,8 @@ Legend: B batch, S sequence, D hidden, H heads, G kv heads, R = H / G, d head_di
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +21,8 @@ from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec
 
+_SINK_DIMS = 8
+
 
 class Attention(nn.Module):
     """Grouped-query attention of one layer.
@@ -27,6 +31,10 @@ class Attention(nn.Module):
         spec: shape of the decoder.
         layer: index of the layer in the cache.
         backend: for the query and key norms.
+
+    Attributes:
+        sinks: [H], a logit for each query head that joins the softmax over its keys and has no value, so that the
+            probabilities of the keys sum to less than 1 (GPT-OSS); None in other families.
     """
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
@@ -39,6 +47,7 @@ class Attention(nn.Module):
         self.dropout = spec.attention_dropout
         self.qkv_proj = nn.Linear(spec.hidden_size, (heads + 2 * groups) * head_dim, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads * head_dim, spec.hidden_size, bias=spec.output_bias)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(heads)) if spec.sinks else None)
         self.q_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
 
@@ -73,7 +82,7 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
-        output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout)
+        output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
         return self.o_proj(output_BHSd.transpose(1, 2).flatten(2, 3)), probabilities
 
 
@@ -83,19 +92,60 @@ def _sdpa(
     value_BGTd: torch.Tensor,
     mask: torch.Tensor | None,
     dropout: float,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    length = query_BHSd.shape[2]
+    length, head_dim = query_BHSd.shape[2:]
     causal = mask is None and length > 1
     if causal and key_BGTd.shape[2] > length:
         # Prefill into an empty cache of fixed size: what lies beyond the queries is not filled yet.
         key_BGTd, value_BGTd = key_BGTd[:, :, :length], value_BGTd[:, :, :length]
+    if sinks_H is not None:
+        query_BHSd, key_BGTd, value_BGTd, mask = _with_sink_key(
+            query_BHSd, key_BGTd, value_BGTd, mask, sinks_H, causal=causal
+        )
     if mask is not None:
         # Under a mask, SDPA has grouped heads only in its slowest kernel.
         key_BGTd, value_BGTd = _repeat_heads(key_BGTd, query_BHSd), _repeat_heads(value_BGTd, query_BHSd)
     output = F.scaled_dot_product_attention(
-        query_BHSd, key_BGTd, value_BGTd, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=mask is None
+        query_BHSd,
+        key_BGTd,
+        value_BGTd,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=head_dim**-0.5,
+        enable_gqa=mask is None,
     )
-    return output, None
+    return output[:, :, -length:, :head_dim], None
+
+
+def _with_sink_key(
+    query_BHSd: torch.Tensor,
+    key_BGTd: torch.Tensor,
+    value_BGTd: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks_H: torch.Tensor,
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same attention with a sink, as attention without one over a key more: any SDPA kernel runs it, exactly.
+
+    Heads get a few dimensions more, in which only queries and the new first key are not zero. There their dot product
+    is sink * sqrt(d), and after scaling the sink. The new key's value is zero. Where the kernel is to be causal, a
+    query goes in front too, so that all others see the new key and themselves.
+    """
+    head_dim = query_BHSd.shape[-1]
+    query = F.pad(query_BHSd, (0, _SINK_DIMS, int(causal), 0))
+    query[..., head_dim : head_dim + 2] = sinks_H.to(query.dtype)[:, None, None]
+    key, value = (F.pad(states, (0, _SINK_DIMS, 1, 0)) for states in (key_BGTd, value_BGTd))
+    # In two parts of 8 bits, which even BF16 holds: heads of 64 need the first alone, sqrt(64) being 8.
+    mantissa, exponent = math.frexp(math.sqrt(head_dim))
+    coarse = math.ldexp(round(mantissa * 256) / 256, exponent)
+    key[:, :, 0, head_dim] = coarse
+    key[:, :, 0, head_dim + 1] = math.sqrt(head_dim) - coarse
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return query, key, value, mask
 
 
 def _eager(
@@ -104,12 +154,16 @@ def _eager(
     value_BGTd: torch.Tensor,
     mask: torch.Tensor | None,
     dropout: float,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = _repeat_heads(key_BGTd, query_BHSd), _repeat_heads(value_BGTd, query_BHSd)
     scores = query_BHSd @ key.transpose(2, 3) * query_BHSd.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask[..., : key.shape[2]]
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_BHSd.dtype)
+    if sinks_H is not None:
+        sink_BHS1 = sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink_BHS1], dim=-1)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query_BHSd.dtype)[..., : key.shape[2]]
     return F.dropout(probabilities, dropout) @ value, probabilities
 
 

@@ -32,8 +32,9 @@ from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
 from automodel.models.norms import RMSNorm
+from automodel.models.predict_layer import PredictLayer
 from automodel.models.spec import DecoderSpec
-from automodel.moe.router import load_balancing_loss
+from automodel.moe.router import TopKRouter, load_balancing_loss
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.sizes import parse_size
 
@@ -68,6 +69,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     Args:
         config: an instance of the family's transformers config class, used unchanged.
         backend: kernels; `"auto"`, `"torch"`, a mapping or a `Backend`.
+        predict_layers: layers for multi-token prediction to hold for checkpoints; they neither run nor train.
 
     Attributes:
         transformers_architecture: the class name that a saved config.json carries, so that any reader loads it.
@@ -79,17 +81,21 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["DecoderLayer", "PredictLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = tied_weights_keys("lm_head.weight", "model.embed_tokens.weight")
 
-    def __init__(self, config: PreTrainedConfig, backend: str | Backend | dict[str, str] = "auto") -> None:
+    def __init__(
+        self, config: PreTrainedConfig, backend: str | Backend | dict[str, str] = "auto", *, predict_layers: int = 0
+    ) -> None:
         require_attention(config._attn_implementation)
         super().__init__(config)
         self.source = ModelSource()
         self.backend = Backend.parse(backend)
         self.spec = self.decoder_spec(config)
         self.model = Decoder(config, self.spec, self.backend)
+        for layer in range(config.num_hidden_layers, config.num_hidden_layers + predict_layers):
+            self.model.layers.append(PredictLayer(self.spec, layer, config.vocab_size, self.backend))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -149,9 +155,12 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         if self.spec.moe is None:
             output = CausalLMOutputWithPast(loss=loss, **common)
         else:
-            wanted = _default(output_router_logits, self.config.output_router_logits) and bool(decoded.router_logits)
+            # transformers 4.57 has no such field in DeepSeek's config.
+            wanted = _default(output_router_logits, getattr(self.config, "output_router_logits", False))
+            wanted = wanted and bool(decoded.router_logits)
             aux_loss = None
-            if wanted:
+            # Routers with groups balance the load by their bias, without a loss.
+            if wanted and self.spec.moe.groups is None:
                 aux_loss = load_balancing_loss(decoded.router_logits, self.spec.moe.top_k, attention_mask)
                 if loss is not None:
                     loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
@@ -250,14 +259,21 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif name == "bias":
-                parameter.zero_()
-            else:
+            constant = fresh_constant(module, name)
+            if constant is None:
                 parameter.normal_(0.0, self.config.initializer_range)
+            else:
+                parameter.fill_(constant)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx] = 0.0
+
+
+def fresh_constant(owner: nn.Module, name: str) -> float | None:
+    """What a parameter of `owner` holds before training, None where its values are random; as transformers has it."""
+    if isinstance(owner, RMSNorm):
+        return 1.0
+    is_bias = name.endswith("bias")  # experts call theirs down_proj_bias; a router's is random
+    return 0.0 if is_bias and not isinstance(owner, TopKRouter) else None
 
 
 def _default(value: bool | None, fallback: bool) -> bool:

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from automodel.backends import Backend, require_attention
 from automodel.compat import PreTrainedConfig, attention_mask_for
 from automodel.models.attention import Attention
+from automodel.models.latent_attention import LatentAttention
 from automodel.models.mlp import GatedMLP, MoeMLP
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import RotaryEmbedding
@@ -39,11 +40,11 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.kind = spec.attention_kinds[layer]
-        self.self_attn = Attention(spec, layer, backend)
+        self.self_attn = attention(spec, layer, backend)
         sparse = spec.moe is not None and layer in spec.moe.layers
         self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec)
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
+        self.input_layernorm = hidden_norm(spec, backend)
+        self.post_attention_layernorm = hidden_norm(spec, backend)
 
     def forward(
         self,
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, spec.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DecoderLayer(spec, i, backend) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, backend)
+        self.norm = hidden_norm(spec, backend)
         self.rotary_emb = RotaryEmbedding(config)
 
     def forward(
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
         cos_BSd, sin_BSd = self.rotary_emb(x_BSD, position_ids)
 
         hidden_states, attentions, router_logits = [x_BSD], [], []
-        for layer in self.layers:
+        for layer in self._own_layers():
             x_BSD, probabilities, logits_NE = layer(
                 x_BSD,
                 cos_BSd,
@@ -149,6 +150,10 @@ class Decoder(nn.Module):
             attentions=tuple(attentions) if output_attentions else (),
             router_logits=tuple(router_logits),
         )
+
+    def _own_layers(self) -> nn.ModuleList:
+        """The layers that run; a checkpoint's layers for multi-token prediction may be held after them."""
+        return self.layers[: self.config.num_hidden_layers]
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         if self.training and self.gradient_checkpointing:
@@ -178,8 +183,20 @@ class Decoder(nn.Module):
                 cache_position=cache_position,
                 sliding=kind == "sliding_attention",
             )
-            for kind in dict.fromkeys(layer.kind for layer in self.layers)
+            for kind in dict.fromkeys(layer.kind for layer in self._own_layers())
         }
+
+
+def attention(spec: DecoderSpec, layer: int, backend: Backend) -> Attention | LatentAttention:
+    """The attention of one layer, of the family's kind."""
+    if spec.latent is not None:
+        return LatentAttention(spec, spec.latent, layer, backend)
+    return Attention(spec, layer, backend)
+
+
+def hidden_norm(spec: DecoderSpec, backend: Backend) -> RMSNorm:
+    """A norm of hidden states, as the family rounds it."""
+    return RMSNorm(spec.hidden_size, spec.norm_eps, backend, rounds_last=spec.norm_rounds_last)
 
 
 def _restarts(position_ids_BS: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from automodel.parallel.local import LocalBox, host_bytes, local_boxes, tensors_
 from ckpt_tools.core.dtypes import BY_TORCH_NAME
 from ckpt_tools.core.errors import OutputExistsError, listed
 from ckpt_tools.engine.memory import Box, RepositoryExport
-from ckpt_tools.families import layout_for
+from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -102,10 +102,11 @@ def repository_config(model: NativeCausalLM) -> dict[str, object]:
 
 def _export(model: NativeCausalLM, directory: Path, max_shard_size: int, side_files: Path) -> RepositoryExport:
     config = repository_config(model)
-    layout = layout_for(config)
-    if layout is None:
+    family = family_of(config)
+    if family is None:
         raise TypeError(f"{type(model).__name__} has no layout in ckpt_tools.families")
     dtypes = {name: BY_TORCH_NAME[str(t.dtype).removeprefix("torch.")] for name, t in tensors_by_name(model).items()}
+    layout = family.layout(config, form="", names=dtypes)
     source = {"path": str(model.source.root)} if model.source.root else {}
     return RepositoryExport(
         layout,

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.models.causal_lm import NativeCausalLM
-from automodel.models.norms import RMSNorm
+from automodel.models.causal_lm import NativeCausalLM, fresh_constant
 from automodel.parallel.local import LocalBox, local_boxes
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -29,11 +28,11 @@ def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
     """
     seed = agreed_seed() if seed is None else seed
     for box in local_boxes(model):
-        owner = model.get_submodule(box.name.rpartition(".")[0])
-        if isinstance(owner, RMSNorm):
-            box.tensor.fill_(1.0)
-        elif box.name.endswith(".bias"):
-            box.tensor.zero_()
+        prefix, _, name = box.name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        constant = fresh_constant(owner, name)
+        if constant is not None:
+            box.tensor.fill_(constant)
         else:
             shape = model.get_parameter(box.name).shape
             _fill_normal(box, tuple(shape), model.config.initializer_range, seed)

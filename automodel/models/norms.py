@@ -13,16 +13,19 @@ class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension.
 
     The statistics are FP32 whatever the dtype of `x`. The reference kernel rounds to that dtype before it
-    multiplies by the weight, as transformers does; the fused one rounds once, after.
+    multiplies by the weight, as transformers does; the fused one rounds once, after, and so does the reference
+    for families in which transformers does.
 
     Args:
         size: length of the last dimension.
         eps: added to the mean square.
         backend: which kernel runs.
+        rounds_last: multiply by the weight before rounding.
     """
 
-    def __init__(self, size: int, eps: float, backend: Backend) -> None:
+    def __init__(self, size: int, eps: float, backend: Backend, *, rounds_last: bool = False) -> None:
         super().__init__()
+        self.rounds_last = rounds_last
         self.eps = eps
         self.backend = backend
         self.weight = nn.Parameter(torch.ones(size))
@@ -32,7 +35,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return (self.weight * wide).to(x.dtype) if self.rounds_last else self.weight * wide.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

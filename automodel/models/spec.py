@@ -14,8 +14,42 @@ import torch
 from transformers.activations import ACT2FN
 
 from automodel.compat import PreTrainedConfig
+from automodel.kernels.activations import GatedActivation
 
 AttentionKind = Literal["full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Shape of multi-head latent attention.
+
+    Attributes:
+        query_rank: width of the latent that queries are made from; None projects them in one step.
+        rank: width of the latent that keys and values are made from.
+        nope_dim, rope_dim, value_dim: sizes of a head: without position, with rotary position, and of values.
+        interleaved: rotary pairs are neighbours, not a half of the head apart.
+        bias: the projections to latents, and the output projection, carry one.
+        scale: of the attention scores.
+    """
+
+    query_rank: int | None
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool
+    bias: bool
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, and the
+    factor on the routing weights."""
+
+    num_groups: int
+    top_groups: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +62,12 @@ class MoeSpec:
         float32_weights: routing weights stay in FP32 until they multiply the experts' outputs.
         jitter: half-width of the uniform noise that multiplies the layer's input in training.
         layers: indices of the layers that have experts.
+        activation: of the gate half and the up half; None is the decoder's activation times the up half.
+        bias: the experts' projections carry biases.
+        router_bias: the router's projection carries one.
+        softmax_over_chosen: routing weights are the softmax of the K largest logits, not of all of them.
+        groups: None for routing by softmax.
+        shared_width: width of the experts that every token goes through, together; 0 where there are none.
     """
 
     num_experts: int
@@ -37,6 +77,12 @@ class MoeSpec:
     layers: frozenset[int]
     float32_weights: bool = False
     jitter: float = 0.0
+    activation: GatedActivation | None = None
+    bias: bool = False
+    router_bias: bool = False
+    softmax_over_chosen: bool = False
+    groups: GroupSpec | None = None
+    shared_width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +93,10 @@ class DecoderSpec:
         num_heads, num_kv_heads, head_dim: H, G and the size of one head.
         qkv_bias, output_bias, mlp_bias: which projections carry a bias.
         qk_norm: RMSNorm over each query and key head before the rotary embedding.
+        sinks: each query head has a learned logit that takes a share of the attention and gives nothing for it.
+        norm_rounds_last: norms multiply by their weight in FP32 before they round to the dtype of the activations.
         attention_kinds: full or sliding attention, one entry a layer.
+        latent: None for attention with keys and values of its own.
         moe: None for a dense family.
     """
 
@@ -64,6 +113,9 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    norm_rounds_last: bool = False
+    latent: LatentSpec | None = None
     moe: MoeSpec | None = None
 
 
@@ -75,6 +127,9 @@ def decoder_spec(
     output_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    sinks: bool = False,
+    norm_rounds_last: bool = False,
+    latent: LatentSpec | None = None,
     moe: MoeSpec | None = None,
 ) -> DecoderSpec:
     """A `DecoderSpec` whose common part comes from the config fields that all families share."""
@@ -92,6 +147,9 @@ def decoder_spec(
         output_bias=output_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
+        sinks=sinks,
+        norm_rounds_last=norm_rounds_last,
+        latent=latent,
         moe=moe,
     )
 

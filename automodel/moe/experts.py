@@ -8,7 +8,6 @@ Legend: N tokens, K experts per token, D hidden, F expert width, E experts, M ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.tensor import DTensor
 
 from automodel.backends import Backend, resolve_experts
+from automodel.kernels.activations import GatedActivation
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 
@@ -47,12 +47,15 @@ class Experts(nn.Module):
         num_experts: E, of the whole layer.
         hidden_size: D.
         width: F.
-        activation: of the gate half.
+        activation: of the gate half and the up half.
         backend: which kernel multiplies.
+        bias: whether both projections carry one.
 
     Attributes:
         gate_up_proj: [E, 2F, D], gate rows then up rows.
+        gate_up_proj_bias: [E, 2F], or None.
         down_proj: [E, D, F].
+        down_proj_bias: [E, D], or None. Being the expert's own, it is weighted by the router like the rest.
         dispatcher: None while all experts are in this process.
     """
 
@@ -61,8 +64,10 @@ class Experts(nn.Module):
         num_experts: int,
         hidden_size: int,
         width: int,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        activation: GatedActivation,
         backend: Backend,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -71,28 +76,39 @@ class Experts(nn.Module):
         self.dispatcher: Dispatcher | None = None
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        for name, size in (("gate_up_proj_bias", 2 * width), ("down_proj_bias", hidden_size)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(num_experts, size)) if bias else None)
 
     def forward(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, D]: the outputs of the K chosen experts, weighted by `weight_NK` and summed."""
-        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
         if self.dispatcher is None:
             order = sort_by_expert(expert_index_NK, self.num_experts)
-            rows_MD = self._multiply(rows_by_expert(x_ND, order), order.counts_E, gate_up, down)
-            return combine_rows(rows_MD, weight_NK, order)
-        gate_up = _ScaleGradient.apply(gate_up, self.dispatcher.gradient_scale)
-        down = _ScaleGradient.apply(down, self.dispatcher.gradient_scale)
+            return combine_rows(self._multiply(rows_by_expert(x_ND, order), order.counts_E), weight_NK, order)
         rows_MD, counts, state = self.dispatcher.dispatch(x_ND, expert_index_NK)
-        return self.dispatcher.combine(self._multiply(rows_MD, counts, gate_up, down), weight_NK, state)
+        rows_MD = self._multiply(rows_MD, counts, self.dispatcher.gradient_scale)
+        return self.dispatcher.combine(rows_MD, weight_NK, state)
 
-    def _multiply(
-        self, rows_MD: torch.Tensor, counts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-    ) -> torch.Tensor:
+    def _multiply(self, rows_MD: torch.Tensor, counts: torch.Tensor, gradient_scale: float = 1.0) -> torch.Tensor:
+        gate_up, down, gate_up_bias, down_bias = (
+            None if parameter is None else _local(parameter, gradient_scale)
+            for parameter in (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+        )
         kernel = resolve_experts(self.backend, rows_MD.device, rows_MD.dtype, rows_MD.shape[-1], down.shape[-1]).kernel
-        return expert_mlp(rows_MD, counts, gate_up, down, kernel, self.activation)
+        return expert_mlp(
+            rows_MD,
+            counts,
+            gate_up,
+            down,
+            kernel,
+            self.activation,
+            gate_up_bias_E2F=gate_up_bias,
+            down_bias_ED=down_bias,
+        )
 
     def extra_repr(self) -> str:
         _, hidden, width = self.down_proj.shape
-        return f"num_experts={self.num_experts}, hidden_size={hidden}, width={width}"
+        bias = self.down_proj_bias is not None
+        return f"num_experts={self.num_experts}, hidden_size={hidden}, width={width}, bias={bias}"
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -108,6 +124,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter that is sharded over an expert axis."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _local(parameter: torch.Tensor, gradient_scale: float) -> torch.Tensor:
+    """This process's part of a parameter that may be sharded over an expert axis."""
+    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return part if gradient_scale == 1.0 else _ScaleGradient.apply(part, gradient_scale)

@@ -13,7 +13,7 @@ from torch import nn
 
 
 class TopKRouter(nn.Module):
-    """Softmax over all experts in FP32, then the K largest.
+    """Softmax over all experts in FP32, then the K largest; or the K largest logits, and the softmax over those.
 
     Args:
         hidden_size: D.
@@ -21,22 +21,38 @@ class TopKRouter(nn.Module):
         top_k: K.
         normalize: divide the K probabilities by their sum.
         float32_weights: return the routing weights in FP32 instead of the dtype of the logits.
+        bias: of the projection.
+        softmax_over_chosen: choose before the softmax; the weights then sum to 1 without being normalised.
     """
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, *, normalize: bool, float32_weights: bool = False
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        normalize: bool,
+        float32_weights: bool = False,
+        bias: bool = False,
+        softmax_over_chosen: bool = False,
     ) -> None:
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
         self.float32_weights = float32_weights
+        self.softmax_over_chosen = softmax_over_chosen
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_experts)) if bias else None)
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits [N, E], routing weights [N, K] and expert indices [N, K] (int64), largest first."""
-        logits_NE = F.linear(x_ND, self.weight)
-        probabilities_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
-        weight_NK, index_NK = torch.topk(probabilities_NE, self.top_k, dim=-1)
+        logits_NE = F.linear(x_ND, self.weight, self.bias)
+        if self.softmax_over_chosen:
+            chosen_NK, index_NK = torch.topk(logits_NE, self.top_k, dim=-1)
+            weight_NK = torch.softmax(chosen_NK, dim=-1, dtype=torch.float32)
+        else:
+            probabilities_NE = torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
+            weight_NK, index_NK = torch.topk(probabilities_NE, self.top_k, dim=-1)
         if self.normalize:
             weight_NK = weight_NK / weight_NK.sum(dim=-1, keepdim=True)
         if not self.float32_weights:

@@ -9,14 +9,14 @@ import torch
 import xxhash
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from automodel.auto import NeMoAutoModelForCausalLM
+from automodel.auto import NeMoAutoModelForCausalLM, count_predict_layers
 from automodel.models.causal_lm import ModelSource, NativeCausalLM
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from automodel.sources import locate
 from automodel.tokenizer import NeMoAutoTokenizer
 from automodel.training.config import ModelConfig
 from ckpt_tools.core.errors import FormatError
-from ckpt_tools.engine.checkpoint import read_config
+from ckpt_tools.engine.checkpoint import open_checkpoint, read_config
 from ckpt_tools.engine.manifest import read_manifest
 from ckpt_tools.families import family_of
 from ckpt_tools.formats.hf import side_files
@@ -100,6 +100,9 @@ def build_model(
     if values and not config.random_init:
         model = NeMoAutoModelForCausalLM.from_pretrained(str(source.root), **arguments)
     else:
+        if not values:
+            # The model of the checkpoint that is loaded next.
+            arguments["predict_layers"] = count_predict_layers(open_checkpoint(source.root))
         model = NeMoAutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(source.side_root)), **arguments)
         _attach_files(model, source.side_root)
     if config.activation_checkpointing:

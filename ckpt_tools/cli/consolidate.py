@@ -8,6 +8,7 @@ from ckpt_tools.cli.output import Output
 EXAMPLES = (
     "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
+    "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
 )
 
 
@@ -15,6 +16,7 @@ def consolidate(
     source: options.Checkpoint,
     destination: options.Destination,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     family: options.Family = None,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
@@ -38,6 +40,7 @@ def consolidate(
             source,
             destination,
             dtype=dtype,
+            quantize=quantize.value if quantize else None,
             family=family,
             max_shard_size=max_shard_size,
             overwrite=overwrite,

@@ -9,6 +9,7 @@ EXAMPLES = (
     "ckpt convert ./Qwen3-30B-A3B ./native",
     "ckpt convert Qwen/Qwen3-30B-A3B@main ./native --mesh dp_shard=2,ep=4 --dtype bfloat16",
     "ckpt convert ./native ./native-ep8 --mesh ep=8",
+    "ckpt convert openai/gpt-oss-20b ./native --dequantize",
 )
 
 
@@ -18,6 +19,7 @@ def convert(
     mesh: options.Mesh = None,
     file_format: options.Format = options.FileFormat.DCP,
     dtype: options.Dtype = None,
+    dequantize: options.Dequantize = False,
     family: options.Family = None,
     revision: options.Revision = None,
     max_file_size: options.MaxFileSize = "5GB",
@@ -44,6 +46,7 @@ def convert(
             mesh=mesh,
             file_format=file_format.value,
             dtype=dtype,
+            dequantize=dequantize,
             family=family,
             revision=revision,
             max_file_size=max_file_size,

@@ -15,6 +15,13 @@ class FileFormat(str, Enum):
     SAFETENSORS = "safetensors"
 
 
+class QuantizedForm(str, Enum):
+    """Quantised forms of a Hugging Face repository."""
+
+    FP8 = "fp8"
+    MXFP4 = "mxfp4"
+
+
 def complete_family(incomplete: str) -> list[str]:
     """Family names that begin with what was typed."""
     from ckpt_tools.families import FAMILIES
@@ -72,6 +79,14 @@ Dtype = Annotated[
         help="Cast floating-point tensors. Default: every tensor keeps its dtype. Example: --dtype bfloat16",
         autocompletion=complete_dtype,
     ),
+]
+Dequantize = Annotated[
+    bool,
+    typer.Option("--dequantize", help="Turn FP8 and MXFP4 tensors into BF16; a quantised source is refused without."),
+]
+Quantize = Annotated[
+    QuantizedForm | None,
+    typer.Option("--quantize", help="Write the quantised form that the family is published in. Example: mxfp4."),
 ]
 Family = Annotated[
     str | None,

@@ -11,12 +11,13 @@ from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError, NotFoundError
 from ckpt_tools.core.names import match
 from ckpt_tools.core.tensors import Store, StoredTensor
-from ckpt_tools.engine.extents import Extent, addressable, store_extents
+from ckpt_tools.engine.ends import End, leaf_ends, prove_end
+from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.manifest import Manifest, read_manifest
-from ckpt_tools.engine.prove import prove_leaf
 from ckpt_tools.families import family_of, get_family
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
 from ckpt_tools.formats.documents import read_json_object
+from ckpt_tools.layouts.encodings import VALUES
 from ckpt_tools.layouts.layout import Layout, Side, identity
 
 
@@ -48,35 +49,49 @@ class Checkpoint:
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
 
-    def extents(self) -> dict[str, list[Extent]]:
-        """Extents of every leaf, each proven to be there exactly once.
+    @property
+    def digests(self) -> Mapping[str, str] | None:
+        """Digests of the leaves that the manifest records, None where it has none for leaves of this form."""
+        manifest = self.manifest
+        return manifest.tensors if manifest is not None and manifest.form == self.layout.leaf_form else None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether leaves are stored in a quantised form."""
+        return self.side == "hf" and any(leaf.encoding for leaf in self.layout.leaves.values())
+
+    def ends(self) -> dict[str, End]:
+        """Where every leaf lies, each proven to be there exactly once.
 
         Raises:
             LayoutError: an element of a leaf is missing or stored twice.
         """
-        found = store_extents(self.store, self.layout.views(self.side, self.store.tensors))
-        for name, dtype in self.leaf_dtypes().items():
-            _, items = addressable(dtype, self.layout.leaves[name].numel)
-            prove_leaf(name, found[name], items, str(self.root))
+        found = leaf_ends(self.store, self.layout, self.side)
+        for name, end in found.items():
+            _, items = addressable(end.dtype, self.layout.leaves[name].numel)
+            prove_end(name, end, items, str(self.root))
         return found
 
     def leaf_dtypes(self) -> dict[str, DType]:
-        """Dtype of every leaf as stored here."""
+        """Dtype of the values of every leaf."""
+        tensors = self.store.tensors
         if self.side == "hf":
-            return {name: tensor.dtype for name, tensor in self.store.tensors.items()}
+            return {name: VALUES if leaf.encoding else tensors[name].dtype for name, leaf in self.layout.leaves.items()}
         return {
             piece.leaf: tensor.dtype
-            for name, tensor in self.store.tensors.items()
+            for name, tensor in tensors.items()
             for piece in self.layout.native[name].view.pieces
         }
 
 
-def open_checkpoint(path: Path, *, family: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, family: str | None = None, form: str | None = None) -> Checkpoint:
     """Opens a Hugging Face repository, a native checkpoint or a training checkpoint from its headers.
 
     Args:
         path: its directory.
         family: name of the family, `identity` for names as they are; None reads it from config.json.
+        form: for a native checkpoint, the form of the Hugging Face side that it is seen against: `fp8`, empty for the
+            plain one, None for the one that its manifest speaks of.
 
     Raises:
         NotFoundError: there is nothing there.
@@ -87,10 +102,11 @@ def open_checkpoint(path: Path, *, family: str | None = None) -> Checkpoint:
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
     store, side_root, config, side_files = _open_files(path)
-    layout, side, duplicates, dropped = _recognise(store, config, family, path)
-    checkpoint = Checkpoint(
-        path, store, layout, side, config, side_root, side_files, read_manifest(path), duplicates, dropped
-    )
+    manifest = read_manifest(path)
+    if form is None:
+        form = manifest.form if manifest else ""
+    layout, side, duplicates, dropped = _recognise(store, config, family, form, path)
+    checkpoint = Checkpoint(path, store, layout, side, config, side_root, side_files, manifest, duplicates, dropped)
     _check_shapes(checkpoint)
     return checkpoint
 
@@ -116,19 +132,21 @@ def read_config(root: Path) -> Mapping[str, Any]:
 
 
 def _recognise(
-    store: Store, config: Mapping[str, Any], family: str | None, path: Path
+    store: Store, config: Mapping[str, Any], family: str | None, form: str, path: Path
 ) -> tuple[Layout, Side, dict[str, StoredTensor], tuple[str, ...]]:
     chosen = None if family == "identity" else get_family(family) if family else family_of(config)
     if chosen is None:
         return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, ()
-    layout = chosen.layout(config)
+    layout = chosen.layout(config, names=store.tensors.keys())
     dropped = tuple(name for name in store.tensors if any(match(t, name) for t in layout.dropped))
     duplicates = {name: store.tensors[name] for name in layout.tied if name in store.tensors}
     for name in (*dropped, *duplicates):
         del store.tensors[name]
     names = store.tensors.keys()
     # The side is chosen by names, never by shape. Where neither fits, the error speaks of the nearer one.
-    side: Side = "native" if len(names ^ layout.native.keys()) < len(names ^ layout.leaves.keys()) else "hf"
+    side: Side = "native" if len(names ^ layout.native.keys()) < len(names ^ layout.shapes("hf").keys()) else "hf"
+    if side == "native" and form:
+        layout = chosen.layout(config, form=form, names=names)
     layout.check_names(names, side, str(path))
     return layout, side, duplicates, dropped
 
@@ -136,10 +154,18 @@ def _recognise(
 def _check_shapes(checkpoint: Checkpoint) -> None:
     layout = checkpoint.layout
     wrong = []
+    shapes = layout.shapes(checkpoint.side)
     for name, tensor in checkpoint.store.tensors.items():
-        expected = layout.leaves[name].shape if checkpoint.side == "hf" else layout.native[name].shape
-        if tensor.shape != expected:
-            wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(expected)}")
+        if tensor.shape != shapes[name]:
+            wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
+    for leaf in layout.leaves.values() if checkpoint.side == "hf" else ():
+        if leaf.encoding is not None:
+            for part in leaf.encoding.parts(leaf.name, leaf.shape):
+                dtype = checkpoint.store.tensors[part.name].dtype
+                if dtype is not part.dtype:
+                    wrong.append(
+                        f"{part.name} is {dtype}, the {leaf.encoding.name} form of {leaf.name} has {part.dtype}"
+                    )
     for name, tensor in checkpoint.duplicates.items():
         other = checkpoint.store.tensors[layout.tied[name]]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):

@@ -97,7 +97,6 @@ def run_plan(
         check_disk(destination, max(0, plan.nbytes_written + SLACK - done))
         with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
-            recorded = plan.source.manifest
             try:
                 manifest.tensors = execute(
                     plan.copies,
@@ -106,7 +105,7 @@ def run_plan(
                     journal=journal,
                     threads=threads,
                     progress=options.progress,
-                    expected=recorded.tensors if recorded else None,
+                    expected=plan.source.digests,
                 )
                 reader.check_unchanged()
             except MismatchError:

@@ -6,19 +6,18 @@ the caller; nothing is swallowed in a worker.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import xxhash
-
 from ckpt_tools.core.errors import MismatchError
-from ckpt_tools.engine.cast import cast
 from ckpt_tools.engine.digest import combine
+from ckpt_tools.engine.ends import Digest
 from ckpt_tools.engine.plan import LeafCopy
-from ckpt_tools.engine.transfer import Reader, Window, Writer, gather, scatter
+from ckpt_tools.engine.transfer import Reader, Window, Writer
 
 T = TypeVar("T")
 
@@ -89,7 +88,7 @@ def execute(
         journal: segments that an interrupted run has done are skipped, new ones are recorded.
         threads: number of worker threads.
         progress: told of bytes as they are written, those of a resumed run's journal at once.
-        expected: digests of leaves in the source, checked for leaves that are not cast.
+        expected: digests of leaves in the source, checked for leaves whose values do not change.
 
     Raises:
         MismatchError: a leaf does not have the digest that the source's manifest records.
@@ -97,9 +96,9 @@ def execute(
     """
     journal = Journal() if journal is None else journal
     if progress is not None:
-        progress.start("copying", sum(copy.items * copy.target_itemsize for copy in copies))
+        progress.start("copying", sum(copy.items * copy.source.itemsize for copy in copies))
         progress.advance(
-            sum((t.high - t.low) * t.copy.target_itemsize for t in tasks_of(copies) if t.number in journal.done)
+            sum((t.high - t.low) * t.copy.source.itemsize for t in tasks_of(copies) if t.number in journal.done)
         )
     pending = (task for task in tasks_of(copies) if task.number not in journal.done)
     run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
@@ -109,7 +108,7 @@ def execute(
         segments.setdefault(task.copy.name, []).append(journal.done[task.number])
     for copy in copies:
         digest = digests[copy.name] = combine(segments[copy.name])
-        recorded = None if expected is None or copy.casts else expected.get(copy.name)
+        recorded = None if expected is None or copy.changes_values else expected.get(copy.name)
         if recorded is not None and recorded != digest:
             raise MismatchError(
                 f"{copy.name} does not have the digest that the source's manifest records",
@@ -152,35 +151,37 @@ def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | N
 
 
 def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> bytes:
-    """Copies one segment and returns the xxh3-128 of its bytes in the target."""
-    copy = task.copy
-    digest = xxhash.xxh3_128()
+    """Copies one segment and returns the digest of what the target stores of it."""
+    copy, digest = task.copy, Digest()
+    if copy.target is None:
+        raise ValueError(f"{copy.name} has no target")
     for window in windows(task, reader):
-        data = cast(window.data, copy.source_dtype, copy.target_dtype) if copy.casts else window.data
-        digest.update(data)
-        scatter(copy.target, Window(data, window.low, window.high, copy.target_itemsize), writer)
+        copy.target.drain(window, copy.source.dtype, writer, digest)
         if progress is not None:
-            progress.advance(len(data))
+            progress.advance(len(window.data))
     return digest.digest()
 
 
 def windows(task: Task, reader: Reader) -> Iterator[Window]:
-    """The segment's windows, gathered from the source, in order. Each is valid until the next is asked for."""
-    copy, itemsize = task.copy, task.copy.source_itemsize
+    """The values of a segment, window by window, in order. Each is valid until the next is asked for."""
+    copy, itemsize = task.copy, task.copy.source.itemsize
     step = window_items(copy)
     buffer = _buffer(min(step, task.high - task.low) * itemsize)
     for low in range(task.low, task.high, step):
         high = min(low + step, task.high)
         window = Window(buffer[: (high - low) * itemsize], low, high, itemsize)
-        gather(copy.source, window, reader)
+        copy.source.fill(window, reader)
         yield window
 
 
 def window_items(copy: LeafCopy) -> int:
-    """Items of a window: whole rows of the strided extents where those fit, so that a cut falls between rows."""
-    strided = [e.leaf_strides[0] for e in (*copy.source, *copy.target) if not e.is_contiguous]
-    items = WINDOW // max(copy.source_itemsize, copy.target_itemsize)
-    row = max(strided, default=1)
+    """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit."""
+    ends = [end for end in (copy.source, copy.target) if end is not None]
+    items = WINDOW // max(end.itemsize for end in ends)
+    block = math.lcm(copy.source.read_step, copy.target.write_step if copy.target else 1)
+    if block > 1:
+        return max(1, items // block) * block
+    row = max(end.rows() for end in ends)
     return items - items % row if row <= items else items
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ckpt_tools.core.dtypes import DType
-from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, row_major
+from ckpt_tools.core.tensors import Chunk, StoredTensor, row_major
 from ckpt_tools.layouts.algebra import Box, Piece, View, cut, restrict
 
 
@@ -161,23 +161,3 @@ class _PieceIndex:
         low, high = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
         first, last = bisect_left(self._lows, low - self._reach), bisect_left(self._lows, high)
         yield from (piece for _, reach, piece in self._ranged[first:last] if reach >= low)
-
-
-def store_extents(store: Store, views: dict[str, View] | None) -> dict[str, list[Extent]]:
-    """Extents of every leaf of a store.
-
-    Args:
-        store: an opened or planned checkpoint.
-        views: the view of each native tensor, or None when the store's tensors are the leaves themselves.
-    """
-    found: dict[str, list[Extent]] = {}
-    if views is None:
-        for name, tensor in store.tensors.items():
-            found[name] = leaf_extents(tensor)
-        return found
-    for name, tensor in store.tensors.items():
-        for piece in views[name].pieces:
-            found.setdefault(piece.leaf, [])
-        for leaf, part in native_extents(tensor, views[name]):
-            found[leaf].append(part)
-    return found

@@ -23,6 +23,7 @@ class Manifest:
         layout_version: version of the families' layouts that it was written with.
         side: `hf` or `native`.
         tool: name and version of the writer.
+        form: form of the Hugging Face side whose names `tensors` has, empty for the plain one.
         source: where it came from (directory name or Hub repository and revision, optimizer step), as text.
         tensors: digest of each leaf (`ckpt_tools.engine.digest`) by its Hugging Face name; None: not recorded.
         side_files: xxh3-128 of each side file by relative path.
@@ -33,6 +34,7 @@ class Manifest:
     layout_version: int
     side: str
     tool: str
+    form: str = ""
     source: dict[str, str] = field(default_factory=dict)
     digest: str = ALGORITHM
     tensors: dict[str, str] | None = None
@@ -41,7 +43,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as UTF-8 JSON; the same manifest gives the same bytes."""
-        body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if v not in (None, {})}}
+        body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if v not in (None, {}, "")}}
         return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -76,6 +78,7 @@ def _checked(path: Path, body: dict[str, Any]) -> Manifest:
 
     for name in ("family", "side", "tool", "digest"):
         require(isinstance(body.get(name), str), name)
+    require(isinstance(body.get("form", ""), str), "form")
     require(isinstance(body.get("layout_version"), int), "layout_version")
     blobs = body.get("blobs", {})
     require(isinstance(blobs, dict), "blobs")
@@ -90,6 +93,7 @@ def _checked(path: Path, body: dict[str, Any]) -> Manifest:
         layout_version=body["layout_version"],
         side=body["side"],
         tool=body["tool"],
+        form=body.get("form", ""),
         source=texts("source"),
         digest=body["digest"],
         tensors=texts("tensors") if "tensors" in body else None,

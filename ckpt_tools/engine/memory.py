@@ -6,7 +6,7 @@ are written into the final files. Nothing is gathered and no whole tensor is hel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_files
+from ckpt_tools.engine.ends import Plain, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads
-from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents, store_extents
+from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents
 from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import LeafCopy
@@ -87,14 +88,10 @@ def load_boxes(checkpoint: Checkpoint, boxes: Sequence[Box], *, threads: int | N
     target = _memory_store(checkpoint.layout, boxes)
     names = {box.name for box in boxes}
     leaves = {p.leaf for name in names for p in checkpoint.layout.native[name].view.pieces}
-    incoming = _extents_of(checkpoint, leaves)
-    stored = checkpoint.leaf_dtypes()
-    copies = [
-        LeafCopy(leaf, 0, tuple(sorted(incoming[leaf], key=lambda e: e.leaf_start)), (part,), stored[leaf], dtype)
-        for leaf, part, dtype in _box_extents(checkpoint.layout, target)
-    ]
+    incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
+    copies = ((LeafCopy(leaf, 0, incoming[leaf], end), end) for leaf, end in _box_ends(checkpoint.layout, target))
     with FileReader(checkpoint.root) as reader:
-        _run_parts(copies, lambda copy: copy.target[0], reader, _files(boxes), threads)
+        _run_parts(copies, reader, _files(boxes), threads)
 
 
 class RepositoryExport:
@@ -134,7 +131,7 @@ class RepositoryExport:
         self._target: TargetFiles = hf.plan_repository(
             repository_tensors(layout, self._leaf_dtypes), max_shard_size=max_shard_size
         )
-        self._extents = store_extents(self._target.store, None)
+        self._ends = leaf_ends(self._target.store, layout, "hf")
         self._staging = Staging(Path(destination), overwrite=overwrite)
 
     def prepare(self) -> None:
@@ -152,18 +149,15 @@ class RepositoryExport:
     def write(self, boxes: Sequence[Box], *, threads: int | None = None) -> None:
         """Writes the elements of these boxes into the files and syncs them."""
         source = _memory_store(self._layout, boxes)
-        copies = [
-            LeafCopy(leaf, 0, (part,), tuple(self._extents[leaf]), dtype, self._leaf_dtypes[leaf])
-            for leaf, part, dtype in _box_extents(self._layout, source)
-        ]
+        copies = ((LeafCopy(leaf, 0, end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
         with FileWriter(self._staging.path) as writer:
-            _run_parts(copies, lambda copy: copy.source[0], _files(boxes), writer, threads)
+            _run_parts(copies, _files(boxes), writer, threads)
             writer.sync()
 
     def commit(self) -> None:
         """Adds index, config and side files, and renames the directory to its final name."""
-        manifest = Manifest(self._layout.family, LAYOUT_VERSION, "hf", TOOL, self._source)
-        side_files = repository_side_files(self._config, self._side_files_from, self._leaf_dtypes)
+        manifest = Manifest(self._layout.family, LAYOUT_VERSION, "hf", TOOL, source=self._source)
+        side_files = repository_side_files(self._config, self._side_files_from, self._layout, self._leaf_dtypes)
         write_side_files(self._staging, self._target.documents, side_files, manifest)
         self._staging.commit()
         self._staging.__exit__()
@@ -192,44 +186,25 @@ def _memory_store(layout: Layout, boxes: Sequence[Box]) -> Store:
     return Store(Path(), "memory", tensors, {str(i): len(box.data) for i, box in enumerate(boxes)})
 
 
-def _box_extents(layout: Layout, store: Store) -> Iterator[tuple[str, Extent, DType]]:
+def _box_ends(layout: Layout, store: Store) -> Iterator[tuple[str, Plain]]:
+    """(leaf, end) of every extent of the boxes, one by one."""
     for name, tensor in store.tensors.items():
         if layout.is_identity:
             for part in leaf_extents(tensor):
-                yield name, part, tensor.dtype
+                yield name, plain(tensor, [part])
             continue
         for leaf, part in native_extents(tensor, layout.native[name].view):
-            yield leaf, part, tensor.dtype
-
-
-def _extents_of(checkpoint: Checkpoint, leaves: set[str]) -> dict[str, list[Extent]]:
-    store = checkpoint.store
-    if checkpoint.side == "hf":
-        return {leaf: leaf_extents(store.tensors[leaf]) for leaf in leaves}
-    found: dict[str, list[Extent]] = {leaf: [] for leaf in leaves}
-    for name, tensor in store.tensors.items():
-        view = checkpoint.layout.native[name].view
-        if any(piece.leaf in leaves for piece in view.pieces):
-            for leaf, part in native_extents(tensor, view):
-                if leaf in leaves:
-                    found[leaf].append(part)
-    return found
+            yield leaf, plain(tensor, [part])
 
 
 def _files(boxes: Sequence[Box]) -> MemoryFiles:
     return MemoryFiles((str(i), box.data) for i, box in enumerate(boxes))
 
 
-def _run_parts(
-    copies: Sequence[LeafCopy],
-    part_of: Callable[[LeafCopy], Extent],
-    reader: Reader,
-    writer: Writer,
-    threads: int | None,
-) -> None:
+def _run_parts(copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None) -> None:
     """Runs copies that concern only the elements of one extent each: a copy becomes tasks dense in the leaf."""
     tasks = (
-        Task(0, copy, low, high) for copy in copies for low, high in dense_ranges(part_of(copy), copy.source_itemsize)
+        Task(0, copy, low, high) for copy, end in copies for low, high in dense_ranges(end.extents[0], end.itemsize)
     )
     run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
 

@@ -14,8 +14,9 @@ from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import SEGMENT
-from ckpt_tools.engine.extents import Extent, addressable, store_extents
-from ckpt_tools.engine.prove import prove_chunks, prove_files, prove_leaf
+from ckpt_tools.engine.ends import End, Plain, leaf_ends, plains, prove_end
+from ckpt_tools.engine.extents import addressable
+from ckpt_tools.engine.prove import prove_chunks, prove_files
 from ckpt_tools.layouts.layout import Layout, Side
 
 
@@ -26,34 +27,26 @@ class LeafCopy:
     Attributes:
         name: its Hugging Face name.
         items: number of items (elements, or bytes for types narrower than a byte).
-        source: its extents in the source, sorted by leaf position.
-        target: its extents in the target, sorted by leaf position.
-        source_dtype: dtype in the source.
-        target_dtype: dtype in the target; another one means a cast.
+        source: where it is read.
+        target: where it is written; None for a leaf that is only read.
     """
 
     name: str
     items: int
-    source: tuple[Extent, ...]
-    target: tuple[Extent, ...]
-    source_dtype: DType
-    target_dtype: DType
+    source: End
+    target: End | None = None
 
     @property
-    def source_itemsize(self) -> int:
-        return addressable(self.source_dtype, 0)[0]
-
-    @property
-    def target_itemsize(self) -> int:
-        return addressable(self.target_dtype, 0)[0]
-
-    @property
-    def casts(self) -> bool:
-        return self.source_dtype is not self.target_dtype
+    def changes_values(self) -> bool:
+        """Whether the target holds other bytes than the source: a cast, a dequantisation or a quantisation."""
+        return not (
+            isinstance(self.source, Plain) and isinstance(self.target, Plain) and self.source.dtype is self.target.dtype
+        )
 
     def segments(self) -> Iterator[tuple[int, int]]:
         """(first, last + 1) items of each segment; an empty leaf has one empty segment."""
-        step = SEGMENT // self.target_itemsize
+        end = self.target or self.source
+        step = max(1, SEGMENT // end.itemsize // end.write_step) * end.write_step
         yield from ((low, min(low + step, self.items)) for low in range(0, max(self.items, 1), step))
 
 
@@ -106,33 +99,32 @@ def native_dtypes(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str,
     return dtypes
 
 
-def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, leaf_dtypes: Mapping[str, DType]) -> Plan:
+def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, layout: Layout | None = None) -> Plan:
     """The proven plan that fills `target` from `source`.
 
     Args:
         source: the opened source.
         target: planned files, whose tensors are named as `side` says.
         side: side of the layout that the target holds.
-        leaf_dtypes: dtype of each leaf in the target.
+        layout: of the target where its Hugging Face form differs from the source's; the leaves are the same.
 
     Raises:
         LayoutError: the source does not hold every leaf once, or the target would not be written exactly once.
     """
-    incoming = source.extents()
-    outgoing = store_extents(target.store, source.layout.views(side, target.store.tensors))
-    stored = source.leaf_dtypes()
-    copies = []
-    for name in incoming:
-        _, items = addressable(stored[name], source.layout.leaves[name].numel)
-        prove_leaf(name, outgoing[name], items, "the target")
-        copies.append(
-            LeafCopy(name, items, _ordered(incoming[name]), _ordered(outgoing[name]), stored[name], leaf_dtypes[name])
+    layout = layout or source.layout
+    incoming, outgoing = source.ends(), leaf_ends(target.store, layout, side)
+    if incoming.keys() != outgoing.keys():
+        raise LayoutError(
+            f"the forms of {source.root} and of the target do not have the same tensors",
+            hint="convert to a native checkpoint first, then consolidate into the other form",
         )
-    prove_chunks(target.store, ((e, copy.target_itemsize) for copy in copies for e in copy.target))
+    copies = []
+    for name, end in incoming.items():
+        _, items = addressable(end.dtype, source.layout.leaves[name].numel)
+        prove_end(name, outgoing[name], items, "the target")
+        copies.append(LeafCopy(name, items, end, outgoing[name]))
+    stored = (plain for end in outgoing.values() for plain in plains(end))
+    prove_chunks(target.store, ((extent, plain.itemsize) for plain in stored for extent in plain.extents))
     prove_files(target.store, target.framing)
-    copies.sort(key=lambda c: (c.source[0].file, c.source[0].position) if c.source else ("", 0))
+    copies.sort(key=lambda c: c.source.first())
     return Plan(source, target, side, copies)
-
-
-def _ordered(extents: list[Extent]) -> tuple[Extent, ...]:
-    return tuple(sorted(extents, key=lambda e: e.leaf_start))

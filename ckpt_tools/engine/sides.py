@@ -13,6 +13,7 @@ from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.config import portable_config
+from ckpt_tools.layouts.layout import Layout
 
 HF_FOLDER = "hf"
 
@@ -26,14 +27,15 @@ def native_side_files(source: Checkpoint) -> dict[str, Path | bytes]:
 
 
 def repository_side_files(
-    config: Mapping[str, Any], side_root: Path | None, leaf_dtypes: Mapping[str, DType]
+    config: Mapping[str, Any], side_root: Path | None, layout: Layout, leaf_dtypes: Mapping[str, DType]
 ) -> dict[str, Path | bytes]:
     """Side files byte for byte, and a config.json that every reader understands.
 
     Args:
-        config: the source's config; fields are added, never dropped.
+        config: the source's config; fields are added, none dropped but a `quantization_config` that no longer holds.
         side_root: directory of the other side files, None for none.
-        leaf_dtypes: of the tensors in the repository; the most frequent floating-point one is the config's dtype.
+        layout: of the repository that is written.
+        leaf_dtypes: of the leaves' values; the most frequent floating-point one is the config's dtype.
     """
     names = hf.side_files(side_root) if side_root else ()
     files: dict[str, Path | bytes] = {name: side_root / name for name in names} if side_root else {}
@@ -44,5 +46,10 @@ def repository_side_files(
         family = family_of(config)
         if family is not None:
             written["architectures"] = written.get("architectures") or [family.architecture]
+        if family is not None and not layout.is_identity:
+            written.pop("quantization_config", None)
+            quantization = family.quantization_config(config, layout)
+            if quantization is not None:
+                written["quantization_config"] = dict(quantization)
         files[hf.CONFIG] = (json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
     return files

@@ -39,20 +39,35 @@ def plan_native(
         tensors[name][2].append((offsets, sizes, file))
     planner = dcp.plan_dcp if file_format == "dcp" else sharded_safetensors.plan_sharded
     target: TargetFiles = planner(tensors)
-    return plan_copy(source, target, "native", leaf_dtypes)
+    return plan_copy(source, target, "native")
 
 
-def plan_huggingface(source: Checkpoint, *, dtype: DType | None, max_shard_size: int) -> Plan:
-    """The plan of a Hugging Face repository in shards of at most `max_shard_size` bytes."""
-    leaf_dtypes = target_dtypes(source, dtype)
-    target = hf.plan_repository(repository_tensors(source.layout, leaf_dtypes), max_shard_size=max_shard_size)
-    return plan_copy(source, target, "hf", leaf_dtypes)
+def plan_huggingface(
+    source: Checkpoint, *, dtype: DType | None, max_shard_size: int, layout: Layout | None = None
+) -> Plan:
+    """The plan of a Hugging Face repository in shards of at most `max_shard_size` bytes.
+
+    Args:
+        source: the opened source.
+        dtype: that plain floating-point leaves are cast to, or None.
+        max_shard_size: bytes of tensor data in one file.
+        layout: of the target where its form differs from the source's.
+    """
+    layout = layout or source.layout
+    tensors = repository_tensors(layout, target_dtypes(source, dtype))
+    return plan_copy(source, hf.plan_repository(tensors, max_shard_size=max_shard_size), "hf", layout)
 
 
 def repository_tensors(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str, tuple[DType, tuple[int, ...]]]:
     """The tensors of a repository in the order of its files: by name, numbers in names by value."""
-    names = sorted(leaf_dtypes, key=_natural)
-    return {name: (leaf_dtypes[name], layout.leaves[name].shape) for name in names}
+    found: dict[str, tuple[DType, tuple[int, ...]]] = {}
+    for name in sorted(leaf_dtypes, key=_natural):
+        leaf = layout.leaves[name]
+        if leaf.encoding is None:
+            found[name] = (leaf_dtypes[name], leaf.shape)
+        else:
+            found.update({part.name: (part.dtype, part.shape) for part in leaf.encoding.parts(name, leaf.shape)})
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

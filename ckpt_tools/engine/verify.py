@@ -6,21 +6,21 @@ Both comparisons stream: two windows are in memory for each thread, never a tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, listed
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.execute import Progress, Task, run_threads, tasks_of, windows
-from ckpt_tools.engine.extents import Extent, addressable, leaf_extents
+from ckpt_tools.engine.ends import Digest, plain
+from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
+from ckpt_tools.engine.extents import addressable, leaf_extents
 from ckpt_tools.engine.files import FileReader, storage_errors
 from ckpt_tools.engine.plan import LeafCopy
-from ckpt_tools.engine.transfer import Window, gather
+from ckpt_tools.engine.transfer import Window
 
 
 @dataclass
@@ -39,10 +39,10 @@ def verify_structure(checkpoint: Checkpoint) -> Checks:
     Raises:
         LayoutError: one is not.
     """
-    extents = checkpoint.extents()
-    sizes = [checkpoint.layout.leaves[name].numel for name in extents]
-    checks = Checks(len(extents), sum(sizes), checkpoint.store.nbytes)
-    checks.done.append(f"structure: {len(extents):,} tensors, each element there exactly once")
+    ends = checkpoint.ends()
+    sizes = [checkpoint.layout.leaves[name].numel for name in ends]
+    checks = Checks(len(ends), sum(sizes), checkpoint.store.nbytes)
+    checks.done.append(f"structure: {len(ends):,} tensors, each element there exactly once")
     return checks
 
 
@@ -59,9 +59,9 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     if manifest.digest != ALGORITHM:
         raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
     done = []
-    if manifest.tensors is not None:
+    if checkpoint.digests is not None:
         found = leaf_digests(checkpoint, threads=threads, progress=progress)
-        _compare(found, manifest.tensors, "tensors", checkpoint.root)
+        _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
     if manifest.blobs:
         count = _verify_blobs(checkpoint, threads, progress)
@@ -75,7 +75,7 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     return done
 
 
-def _compare(found: dict[str, str], recorded: dict[str, str], what: str, root: Path) -> None:
+def _compare(found: Mapping[str, str], recorded: Mapping[str, str], what: str, root: Path) -> None:
     wrong = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
     if wrong:
         raise MismatchError(
@@ -92,11 +92,13 @@ def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progr
     with FileReader(checkpoint.root) as reader:
 
         def act(task: Task) -> None:
-            digest = xxhash.xxh3_128()
-            for window in windows(task, reader):
-                digest.update(window.data)
-                if progress is not None:
-                    progress.advance(len(window.data))
+            digest, end = Digest(), task.copy.source
+            step = max(1, WINDOW // end.itemsize // end.write_step) * end.write_step
+            for low in range(task.low, task.high, step):
+                for part, data in end.stored(low, min(low + step, task.high), reader):
+                    digest.update(part, data)
+                    if progress is not None:
+                        progress.advance(len(data))
             found[task.copy.name, task.low] = digest.digest()
 
         if progress is not None:
@@ -164,7 +166,7 @@ def _difference(
     """The first item of the segment that differs in the twin, or None."""
     for window in windows(task, reader):
         buffer = memoryview(bytearray(len(window.data)))
-        gather(twin.source, Window(buffer, window.low, window.high, window.itemsize), other_reader)
+        twin.source.fill(Window(buffer, window.low, window.high, window.itemsize), other_reader)
         if window.data != buffer:
             return window.low + _first_difference(window.data, buffer) // window.itemsize
         if progress is not None:
@@ -182,18 +184,12 @@ def _first_difference(a: memoryview, b: memoryview) -> int:
 
 def _reads(checkpoint: Checkpoint) -> list[LeafCopy]:
     """The leaves of a checkpoint to be read, in the order of its files."""
-    dtypes = checkpoint.leaf_dtypes()
+    leaves = checkpoint.layout.leaves
     copies = [
-        _read(name, dtypes[name], checkpoint.layout.leaves[name].numel, extents)
-        for name, extents in checkpoint.extents().items()
+        LeafCopy(name, addressable(end.dtype, leaves[name].numel)[1], end) for name, end in checkpoint.ends().items()
     ]
-    copies.sort(key=lambda c: (c.source[0].file, c.source[0].position) if c.source else ("", 0))
+    copies.sort(key=lambda c: c.source.first())
     return copies
-
-
-def _read(name: str, dtype: DType, numel: int, extents: list[Extent]) -> LeafCopy:
-    _, items = addressable(dtype, numel)
-    return LeafCopy(name, items, tuple(sorted(extents, key=lambda e: e.leaf_start)), (), dtype, dtype)
 
 
 def _verify_blobs(checkpoint: Checkpoint, threads: int | None, progress: Progress | None) -> int:
@@ -248,7 +244,7 @@ def check_duplicates(checkpoint: Checkpoint) -> None:
     """
     for name, tensor in checkpoint.duplicates.items():
         twin = checkpoint.store.tensors[checkpoint.layout.tied[name]]
-        pair = [_read(t.name, t.dtype, t.numel, leaf_extents(t)) for t in (tensor, twin)]
+        pair = [LeafCopy(t.name, addressable(t.dtype, t.numel)[1], plain(t, leaf_extents(t))) for t in (tensor, twin)]
         with FileReader(checkpoint.root) as reader:
             differ = any(_difference(task, pair[1], reader, reader) is not None for task in tasks_of(pair[:1]))
         if differ:

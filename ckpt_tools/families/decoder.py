@@ -67,22 +67,22 @@ DENSE_MLP = (
 )
 
 
-def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Router and stacked experts, given the templates of the leaves.
+def moe_mlp(router: str, gate: str, up: str, down: str, layers: str = "moe") -> tuple[Rule, ...]:
+    """Router and stacked experts of layers of one kind, given the templates of the leaves.
 
     Native experts are `[E, 2F, D]` (gate rows, then up rows) and `[E, D, F]`, so that stacking only copies.
     """
     return (
-        Rule(LAYER + "mlp.gate.weight", Leaf(router, "experts", "hidden"), layers="moe"),
+        Rule(LAYER + "mlp.gate.weight", Leaf(router, "experts", "hidden"), layers=layers),
         Rule(
             LAYER + "mlp.experts.gate_up_proj",
             Stack(Concat(Leaf(gate, "expert_width", "hidden"), Leaf(up, "expert_width", "hidden")), "expert"),
-            layers="moe",
+            layers=layers,
         ),
         Rule(
             LAYER + "mlp.experts.down_proj",
             Stack(Leaf(down, "hidden", "expert_width"), "expert"),
-            layers="moe",
+            layers=layers,
         ),
     )
 

@@ -1,7 +1,8 @@
 """A config.json that transformers 4 and 5, vLLM and SGLang read alike: both spellings of every renamed field.
 
 transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype` and falls back silently to defaults when it finds
-only the names of transformers 5, `rope_parameters` and `dtype`. Fields are added, and none is dropped.
+only the names of transformers 5, `rope_parameters` and `dtype`. Fields are added, and none is dropped: both spellings,
+and what transformers does not write although vLLM or SGLang read it without a default.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ckpt_tools.core.errors import UsageError
 _EXPERT_ALIASES: Final = ("num_experts", "num_local_experts")
 _EXPERT_ALIAS_FAMILIES: Final = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_next"})
 _ARCHITECTURES: Final = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -23,6 +25,9 @@ _ARCHITECTURES: Final = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
+_DEEPSEEK_V3: Final = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+_REQUIRED: Final = {"deepseek_v3": _DEEPSEEK_V3, "kimi_k2": _DEEPSEEK_V3}
+"""Fields by `model_type`, with the one value that the family's transformers class computes with."""
 _NESTED: Final = ("text_config", "llm_config")
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -64,6 +69,9 @@ def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> Non
     model_type = config.get("model_type")
     if model_type in _EXPERT_ALIAS_FAMILIES:
         _mirror(config, *_EXPERT_ALIASES)
+    if isinstance(model_type, str):
+        for name, value in _REQUIRED.get(model_type, {}).items():
+            config.setdefault(name, value)
     if top and not config.get("architectures") and isinstance(model_type, str) and model_type in _ARCHITECTURES:
         config["architectures"] = [_ARCHITECTURES[model_type]]
     for key in _NESTED:

@@ -77,7 +77,7 @@ def encode_fp8(values: Floats) -> tuple[Bytes, Floats]:
     """E4M3 bytes and block scales of a tensor, or of a stripe of it that starts at a block's first row.
 
     The scale of a block is its largest magnitude divided by 448, so that the largest value becomes 448; a block of
-    zeros has the scale 1.
+    zeros has the scale 1. Infinities saturate at the block's largest finite value's scale; NaN stays NaN.
 
     Args:
         values: [rows, columns], FP32.
@@ -93,10 +93,11 @@ def encode_fp8(values: Floats) -> tuple[Bytes, Floats]:
     padded = np.zeros((height * FP8_BLOCK, width * FP8_BLOCK), np.float32)
     padded[:rows, :columns] = values
     blocks = padded.reshape(height, FP8_BLOCK, width, FP8_BLOCK)
-    largest = np.abs(blocks).max(axis=(1, 3))
+    largest = np.abs(np.where(np.isfinite(blocks), blocks, np.float32(0))).max(axis=(1, 3))
     scales = np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
-    scaled = blocks / scales[:, None, :, None]
-    codes = np.clip(scaled, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    with np.errstate(invalid="ignore"):
+        scaled = np.clip(blocks / scales[:, None, :, None], -FP8_MAX, FP8_MAX)
+    codes = scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     return np.ascontiguousarray(codes.reshape(padded.shape)[:rows, :columns]), scales
 
 
@@ -142,7 +143,8 @@ def encode_mxfp4(values: Floats) -> tuple[Bytes, Bytes]:
     """MXFP4 blocks and scales of values, rounded to nearest, ties to even codes.
 
     The scale is 2**(floor(log2(largest magnitude)) - 2) (OCP Microscaling 1.0, section 6.3), raised by one step where
-    the largest value would round beyond 6; magnitudes beyond 6 after that saturate. A block of zeros has scale 2**-127.
+    the largest value would round beyond 6; magnitudes beyond 6 after that saturate. A block of zeros has scale 2**-127,
+    and a block with a NaN or an infinity, which E2M1 does not have, the scale that means NaN (255).
 
     Args:
         values: [n, 32], FP32.
@@ -152,6 +154,8 @@ def encode_mxfp4(values: Floats) -> tuple[Bytes, Bytes]:
     """
     import numpy as np
 
+    finite = np.asarray(np.isfinite(values).all(axis=1))
+    values = np.where(finite[:, None], values, np.float32(0))
     largest = np.abs(values).max(axis=1)
     _, exponent = np.frexp(largest)
     power = np.where(largest > 0, exponent - 3, -127)
@@ -165,4 +169,4 @@ def encode_mxfp4(values: Floats) -> tuple[Bytes, Bytes]:
         codes += scaled > edge if number % 2 == 0 else scaled >= edge
     codes |= np.signbit(values).astype(np.uint8) << 3
     packed: Bytes = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
-    return packed, (power + 127).astype(np.uint8)
+    return packed, np.where(finite, power + 127, 255).astype(np.uint8)

@@ -6,7 +6,7 @@ project works with. Resolving opens no file and allocates no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -15,6 +15,7 @@ from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.names import fields, fill, nearest
 from ckpt_tools.layouts import algebra
 from ckpt_tools.layouts.algebra import View
+from ckpt_tools.layouts.encodings import Encoding
 from ckpt_tools.layouts.rules import Leaf, Rule, Scope
 
 Side = Literal["hf", "native"]
@@ -44,10 +45,18 @@ class LeafTensor:
     name: str
     shape: tuple[int, ...]
     keep_dtype: bool = False
+    encoding: Encoding | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def stored(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors on disk: itself, or the parts of its encoding."""
+        if self.encoding is None:
+            yield self.name, self.shape
+        else:
+            yield from ((part.name, part.shape) for part in self.encoding.parts(self.name, self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,9 @@ class Layout:
         tied: name on disk that may be absent because it shares the weights of another name.
         dropped: templates of names that old repositories carry and that hold no weights.
         stacked: native names that are stacked over experts along dimension 0.
+        form: name of the Hugging Face side's form, such as `fp8`; empty for the one in plain floating point.
+        leaf_form: name of the form whose rules name the leaves: `form` where it has rules of its own, else empty.
+        layers: kind of each layer that is there, in order.
     """
 
     family: str
@@ -82,16 +94,19 @@ class Layout:
     tied: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     stacked: frozenset[str] = frozenset()
+    form: str = ""
+    leaf_form: str = ""
+    layers: tuple[str, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         return self.family == "identity"
 
-    def views(self, side: Side, names: Iterable[str]) -> dict[str, View] | None:
-        """The view of each named tensor of a side, or None where the tensors are the leaves themselves."""
-        if side == "hf" or self.is_identity:
-            return None
-        return {name: self.native[name].view for name in names}
+    def shapes(self, side: Side) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that a checkpoint of this side stores, by name."""
+        if side == "native":
+            return {name: tensor.shape for name, tensor in self.native.items()}
+        return {name: shape for leaf in self.leaves.values() for name, shape in leaf.stored()}
 
     def check_names(self, found: Iterable[str], side: Side, where: str) -> None:
         """Compares names with the expected ones of a side (`hf` or `native`).
@@ -99,7 +114,7 @@ class Layout:
         Raises:
             LayoutError: names are missing or unexpected; all of them are counted and the first listed.
         """
-        expected = self.leaves if side == "hf" else self.native
+        expected = self.shapes(side)
         names = set(found)
         missing = sorted(expected.keys() - names)
         unexpected = sorted(names - expected.keys())
@@ -115,7 +130,13 @@ class Layout:
         raise LayoutError("\n".join(lines), hint="`ckpt inspect` shows what is there, `ckpt explain` what is expected")
 
 
-def resolve(family: str, rules: Iterable[Rule], shape: Shape, **extra: object) -> Layout:
+EncodingOf = Callable[[str, str], "Encoding | None"]
+"""(template, name) of a leaf -> how it is stored, None for as it is."""
+
+
+def resolve(
+    family: str, rules: Iterable[Rule], shape: Shape, encoding_of: EncodingOf | None = None, **extra: object
+) -> Layout:
     """The layout of `rules` for a config's `shape`.
 
     Raises:
@@ -134,17 +155,19 @@ def resolve(family: str, rules: Iterable[Rule], shape: Shape, **extra: object) -
             if name in native:
                 raise LayoutError(f"two rules of {family} make {name}")
             native[name] = NativeTensor(name, view, rule)
+            if rule.stacked:
+                stacked.add(name)
             for piece in view.pieces:
                 used[piece.leaf] = used.get(piece.leaf, 0) + piece.numel
             for node in rule.value.leaves():
-                for tensor in _leaf_tensors(node, scope):
+                for tensor in _leaf_tensors(node, scope, encoding_of):
                     leaves[tensor.name] = tensor
                 if "expert" in fields(node.template):
                     stacked.add(name)
     for leaf in leaves.values():
         if used.get(leaf.name) != leaf.numel:
             raise LayoutError(f"{family}: the rules use {used.get(leaf.name)} of {leaf.numel} elements of {leaf.name}")
-    return Layout(family, native, leaves, stacked=frozenset(stacked), **extra)  # type: ignore[arg-type]
+    return Layout(family, native, leaves, stacked=frozenset(stacked), layers=shape.layers, **extra)  # type: ignore[arg-type]
 
 
 def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -159,7 +182,7 @@ def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
 def _holds(condition: str | None, flags: frozenset[str]) -> bool:
     if condition is None:
         return True
-    return condition[1:] not in flags if condition.startswith("!") else condition in flags
+    return all((part[1:] not in flags) if part.startswith("!") else part in flags for part in condition.split("&"))
 
 
 def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
@@ -172,11 +195,11 @@ def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
             yield Scope(shape.sizes, axes, {"layer": index})
 
 
-def _leaf_tensors(node: Leaf, scope: Scope) -> Iterator[LeafTensor]:
+def _leaf_tensors(node: Leaf, scope: Scope, encoding_of: EncodingOf | None) -> Iterator[LeafTensor]:
     sizes = tuple(scope.size(s) for s in node.sizes)
-    if "expert" not in fields(node.template):
-        yield LeafTensor(fill(node.template, **scope.indices), sizes, node.keep_dtype)
-        return
     template = fill(node.template, **scope.indices)
-    for expert in range(scope.axes["expert"]):
-        yield LeafTensor(fill(template, expert=expert), sizes, node.keep_dtype)
+    experts = range(scope.axes["expert"]) if "expert" in fields(node.template) else (None,)
+    for expert in experts:
+        name = template if expert is None else fill(template, expert=expert)
+        encoding = encoding_of(node.template, name) if encoding_of else None
+        yield LeafTensor(name, sizes, node.keep_dtype, encoding)

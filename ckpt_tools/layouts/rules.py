@@ -232,6 +232,23 @@ class Grouped(Node):
         return f"for each KV head, its query, key and value heads along dim 0: ({parts})"
 
 
+@dataclass(frozen=True)
+class Deinterleave(_Unary):
+    """Even indices of a dimension, then its odd ones: gate and up rows apart where they alternate on disk."""
+
+    dim: int
+
+    def view(self, scope: Scope) -> View:
+        whole = self.of.view(scope)
+        pairs = algebra.unflatten(whole, self.dim, (whole.shape[self.dim] // 2, 2))
+        order = list(range(len(pairs.shape)))
+        order[self.dim], order[self.dim + 1] = order[self.dim + 1], order[self.dim]
+        return algebra.flatten(algebra.permute(pairs, order), self.dim)
+
+    def describe(self) -> str:
+        return f"even, then odd indices of dim {self.dim} of ({self.of.describe()})"
+
+
 def interleave(gate: Node, up: Node, dim: int = 0) -> Node:
     """Gate and up alternating along `dim`: index 0 is gate's first, index 1 up's first."""
     return Flatten(Join(gate, up, dim=dim + 1), dim)
@@ -244,14 +261,16 @@ class Rule:
     Attributes:
         native: template of its name.
         value: what it is made of.
-        when: flag of the family's `Shape` that must be set, or None; a leading `!` negates.
+        when: flags of the family's `Shape` that must be set, joined by `&`; a leading `!` negates one.
         layers: kind of layer that has it, or None for every layer; ignored for names without `{layer}`.
+        stacked: it is stacked over experts along dimension 0 although no leaf name has an `{expert}`.
     """
 
     native: str
     value: Node
     when: str | None = None
     layers: str | None = None
+    stacked: bool = False
 
 
 def same(template: str, *sizes: str | int, when: str | None = None, layers: str | None = None) -> Rule:

@@ -41,6 +41,39 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GPT_OSS = {
+    **SIZES,
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "router_aux_loss_coef": 0.01,
+}
+DEEPSEEK_V3 = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
 
 
 def rope(theta: float, scaling: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -61,6 +94,21 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_moe sliding window": lambda: transformers.Qwen3MoeConfig(**QWEN3_MOE, **SLIDING),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "mixtral sliding window": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=6),
+    "gpt_oss": lambda: transformers.GptOssConfig(**GPT_OSS, **rope(1.5e5, YARN_ROPE)),
+    # Shapes cannot tell the orientation of these experts; sqrt(head_dim) is not exact in any dtype.
+    "gpt_oss square experts, truncated yarn": lambda: transformers.GptOssConfig(
+        **{**GPT_OSS, "intermediate_size": 32, "head_dim": 24, "tie_word_embeddings": True},
+        **rope(1e4, {**YARN_ROPE, "truncate": True}),
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**DEEPSEEK_V3, **rope(1e4)),
+    "deepseek_v3 no query latent, one group, biases, yarn": lambda: transformers.DeepseekV3Config(
+        **{**DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        norm_topk_prob=False,
+        attention_bias=True,
+        rope_interleave=False,
+        tie_word_embeddings=True,
+        **rope(1e4, {**YARN_ROPE, "truncate": True, "mscale": 1.0, "mscale_all_dim": 0.7}),
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3 sliding layers": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, **SLIDING),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **rope(1e6)),
@@ -85,11 +133,14 @@ def native_state(hf: Mapping[str, torch.Tensor], config: PretrainedConfig) -> di
 
 
 def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    out = {}
+    out = _gpt_oss_mlp(part) if config.model_type == "gpt_oss" else {}
+    if "mlp.shared_experts.gate_proj.weight" in part:
+        halves = [part.pop(f"mlp.shared_experts.{name}_proj.weight") for name in ("gate", "up")]
+        out["mlp.shared_experts.gate_up_proj.weight"] = torch.cat(halves)
     groups = config.num_key_value_heads
     for kind in ("weight", "bias"):
-        heads = [part.pop(f"self_attn.{name}_proj.{kind}", None) for name in "qkv"]
-        if heads[0] is not None:
+        if f"self_attn.k_proj.{kind}" in part:
+            heads = [part.pop(f"self_attn.{name}_proj.{kind}") for name in "qkv"]
             out[f"self_attn.qkv_proj.{kind}"] = torch.cat([h.unflatten(0, (groups, -1)) for h in heads], 1).flatten(
                 0, 1
             )
@@ -106,17 +157,32 @@ def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> di
     return out | part
 
 
+def _gpt_oss_mlp(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Takes out of `part` what GPT-OSS has in another order: gate and up take turns, and experts are `[in, out]`."""
+    out = {f"mlp.gate.{kind}": part.pop(f"mlp.router.{kind}") for kind in ("weight", "bias")}
+    out["mlp.experts.down_proj"] = part.pop("mlp.experts.down_proj").transpose(1, 2)
+    gate_up = part.pop("mlp.experts.gate_up_proj")
+    out["mlp.experts.gate_up_proj"] = torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], 2).transpose(1, 2)
+    bias = part.pop("mlp.experts.gate_up_proj_bias")
+    out["mlp.experts.gate_up_proj_bias"] = torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+    return out
+
+
 def pair(
     name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
 ) -> tuple[PreTrainedModel, NativeCausalLM]:
     """The transformers model of a tiny config with random weights, and the native one with the same weights."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
-    config._attn_implementation = attention
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    # transformers has no sinks in SDPA; eager is the reference for both.
+    config._attn_implementation = reference = "eager" if config.model_type == "gpt_oss" else attention
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=reference)
     for parameter in theirs.parameters():
         # Norm weights and biases are constant when fresh: a mistake in where they apply would not show.
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    for buffer_name, buffer in theirs.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.rand_like(buffer) * 0.3)
     theirs = theirs.to(dtype).eval()
     ours = NATIVE_MODELS[config.model_type](CONFIGS[name]()).to(dtype).eval()
     ours.config._attn_implementation = attention

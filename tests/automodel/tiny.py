@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
+from automodel.models.deepseek_v3 import NeMoDeepseekV3ForCausalLM
+from automodel.models.gpt_oss import NeMoGptOssForCausalLM
 from automodel.models.llama import NeMoLlamaForCausalLM
 from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
 
@@ -38,6 +40,63 @@ def moe_model(num_experts: int = 4, *, seed: int = 0, **changes: object) -> nn.M
     """A tiny native Qwen3-MoE in FP32, with the same values on every process."""
     torch.manual_seed(seed)
     return NeMoQwen3MoeForCausalLM(moe_config(num_experts, **changes))
+
+
+def gpt_oss_model(num_experts: int = 4, *, seed: int = 0) -> nn.Module:
+    """A tiny native GPT-OSS in FP32: biases, sinks and a sliding layer, none of them zero."""
+    torch.manual_seed(seed)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        max_position_embeddings=64,
+        use_cache=False,
+        initializer_range=0.1,
+    )
+    model = NeMoGptOssForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def deepseek_v3_model(*, seed: int = 0, predict_layers: int = 1) -> nn.Module:
+    """A tiny native DeepSeek V3 in FP32: a dense layer, one with experts, and one for multi-token prediction."""
+    torch.manual_seed(seed)
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=20,
+        kv_lora_rank=24,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=12,
+        first_k_dense_replace=1,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_group=3,
+        topk_group=2,
+        n_shared_experts=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=64,
+        use_cache=False,
+        initializer_range=0.1,
+    )
+    model = NeMoDeepseekV3ForCausalLM(config, predict_layers=predict_layers)
+    # Not a BF16 number: a rounded bias would change no loss, but it would show.
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.rand(6) * 0.3 + 2**-12)
+    return model
 
 
 def dense_model(*, seed: int = 0, **changes: object) -> nn.Module:

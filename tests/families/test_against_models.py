@@ -17,6 +17,7 @@ from tests.checkpoints import CONFIGS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+NATIVE_MODELS = pytest.importorskip("automodel.models").NATIVE_MODELS
 
 VARIANTS = [(family, {}) for family in FAMILIES] + [
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_hidden_layers": 4}),
@@ -25,7 +26,11 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [
     ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     ("llama", {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}),
     ("mixtral", {"num_key_value_heads": 1}),
+    ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True}),
+    ("deepseek_v3", {"n_shared_experts": 2, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}),
+    ("gpt_oss", {"attention_bias": False, "intermediate_size": 32, "num_key_value_heads": 1}),
 ]
+NATIVE_VARIANTS = [v for v in VARIANTS if set(get_family(v[0]).model_types) & NATIVE_MODELS.keys()]
 
 
 def config_object(family: str, changes: dict[str, Any]) -> Any:
@@ -33,16 +38,29 @@ def config_object(family: str, changes: dict[str, Any]) -> Any:
     return transformers.AutoConfig.for_model(get_family(family).model_types[0], **fields)
 
 
-@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family", "changes"), NATIVE_VARIANTS)
 def test_the_native_model_has_the_layouts_native_names_and_shapes(family: str, changes: dict[str, Any]) -> None:
-    from automodel.models import NATIVE_MODELS
+    from automodel.parallel.local import tensors_by_name
 
     config = config_object(family, changes)
     with torch.device("meta"):
         model = NATIVE_MODELS[config.model_type](config)
-    layout = get_family(family).layout(config.to_dict())
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors_by_name(model).items()}
+    layout = get_family(family).layout(config.to_dict(), names=found)
     assert found == {name: tensor.shape for name, tensor in layout.native.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_native_model_holds_the_layers_for_multi_token_prediction_of_the_layout(count: int) -> None:
+    from automodel.parallel.local import tensors_by_name
+
+    config = config_object("deepseek_v3", {"num_nextn_predict_layers": count})
+    with torch.device("meta"):
+        model = NATIVE_MODELS["deepseek_v3"](config, predict_layers=count)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors_by_name(model).items()}
+    layout = get_family("deepseek_v3").layout(config.to_dict())
+    assert found == {name: tensor.shape for name, tensor in layout.native.items()}
+    assert layout.layers[-count - 1 :] == ("moe", *("predict",) * count)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -52,8 +70,8 @@ def test_transformers_writes_the_layouts_hugging_face_names_shapes_and_dtypes(
     config = config_object(family, changes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
-    layout = get_family(family).layout(config.to_dict())
     store = hf.open_repository(tmp_path / "hf").store
+    layout = get_family(family).layout(config.to_dict(), names=store.tensors)
     assert {name: t.shape for name, t in store.tensors.items()} == {n: t.shape for n, t in layout.leaves.items()}
     assert {t.dtype.name for t in store.tensors.values()} == {"BF16"}
     convert(tmp_path / "hf", tmp_path / "native")

@@ -10,6 +10,7 @@ import pytest
 
 from ckpt_tools.core.errors import LayoutError, UsageError
 from ckpt_tools.families import FAMILIES, family_of, get_family, layout_for
+from ckpt_tools.layouts.layout import Side
 from tests.checkpoints import CONFIGS
 
 MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
@@ -28,6 +29,58 @@ QWEN3_30B_A3B = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+
+
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+    "tie_word_embeddings": False,
+}
+PREDICT = "model.layers.61."
+
+
+def test_deepseek_v3_has_exactly_the_published_names_and_shapes() -> None:
+    published = json.loads(gzip.decompress((MANIFESTS / "DeepSeek-V3.json.gz").read_bytes()))
+    layout = get_family("deepseek_v3").layout(DEEPSEEK_V3, names=published)
+    assert {name: list(leaf.shape) for name, leaf in layout.leaves.items()} == published
+    whole = layout_for(DEEPSEEK_V3)
+    assert whole is not None
+    assert {name for name in whole.leaves if name not in published} == {n for n in whole.leaves if PREDICT in n}
+    assert whole.leaves[PREDICT + "eh_proj.weight"].shape == (7168, 2 * 7168)
+
+
+@pytest.mark.parametrize("side", ["hf", "native"])
+@pytest.mark.parametrize("form", [None, "", "fp8"])
+def test_layers_for_multi_token_prediction_are_there_if_any_name_of_theirs_is(side: Side, form: str | None) -> None:
+    family = get_family("deepseek_v3")
+    config = {**CONFIGS["deepseek_v3"], "num_nextn_predict_layers": 2}
+    whole = family.layout(config, form="fp8" if form is None else form)
+    names = whole.shapes(side)
+    assert family.layout(config, form=form, names=names).layers == ("dense", "moe", "moe", "predict", "predict")
+    # One that is half there is not left out: what is missing of it is an error.
+    half = [name for name in names if "layers.3." not in name]
+    assert family.layout(config, form=form, names=half).layers == whole.layers
+    none = [name for name in half if "layers.4." not in name]
+    layout = family.layout(config, form=form, names=none)
+    assert layout.layers == ("dense", "moe", "moe")
+    assert set(none) == layout.shapes(side).keys()
+    assert not any("layers.3." in name or "layers.4." in name for name in (*layout.native, *layout.leaves))
 
 
 def test_qwen3_30b_a3b_has_exactly_the_published_names_and_shapes() -> None:

@@ -101,12 +101,24 @@ def test_architectures_are_kept_or_set_but_never_guessed() -> None:
     assert "architectures" not in portable_config({"model_type": "unheard_of"})
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_deepseek_v3_says_what_engines_read_without_a_default(model_type: str) -> None:
+    result = portable_config({"model_type": model_type})
+    assert result["topk_method"] == "noaux_tc"
+    assert result["scoring_func"] == "sigmoid"
+    assert result["moe_layer_freq"] == 1
+    given = {"model_type": model_type, "topk_method": "greedy", "moe_layer_freq": 2}
+    assert {**portable_config(given), **given} == portable_config(given)
+    assert "topk_method" not in portable_config({"model_type": "qwen3_moe"})
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
         ("Qwen2MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
         ("MixtralConfig", {"num_local_experts": 6}),
+        ("DeepseekV3Config", {"n_routed_experts": 16, "n_group": 2, "topk_group": 1, "num_attention_heads": 4}),
         ("Qwen3Config", {}),
         ("Qwen2Config", {"tie_word_embeddings": True}),
         ("LlamaConfig", {}),

@@ -108,3 +108,17 @@ def test_mxfp4_encoding_is_the_nearest_value_with_ties_to_even() -> None:
     ties[0, :9] = (4.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5)
     tied = decode_mxfp4(*encode_mxfp4(ties)).view(ml_dtypes.bfloat16).astype(np.float32)
     assert tied[0, :9].tolist() == [4.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -2.0]
+
+
+def test_nan_and_infinities_never_become_ordinary_values_without_a_trace() -> None:
+    values = np.ones((128, 128), np.float32)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    codes, scales = encode_fp8(values)
+    assert np.isnan(E4M3[codes[0, 0]])
+    assert E4M3[codes[0, 1]] == 448
+    assert scales[0, 0] == np.float32(1 / 448)
+    blocks = np.ones((2, 32), np.float32)
+    blocks[1, 3] = np.nan
+    decoded = decode_mxfp4(*encode_mxfp4(blocks)).view(ml_dtypes.bfloat16).astype(np.float32)
+    assert np.array_equal(decoded[0], blocks[0])
+    assert np.isnan(decoded[1]).all()

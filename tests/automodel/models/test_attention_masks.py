@@ -35,11 +35,12 @@ def test_packed_documents_see_only_themselves(name: str, attention: str) -> None
         packed = ours(ids, position_ids=positions).logits
         expected = theirs(ids, position_ids=positions, use_cache=False).logits
         alone = [
-            torch.cat([ours(part[None]).logits[0] for part in row.split(n)])
+            torch.cat([theirs(part[None]).logits[0] for part in row.split(n)])
             for row, n in zip(ids, lengths, strict=True)
         ]
-    assert relative(packed, expected) < 1e-5
     assert relative(packed, torch.stack(alone)) < 1e-5
+    if theirs.config.model_type != "gpt_oss":  # transformers' GPT-OSS sees all of the row
+        assert relative(packed, expected) < 1e-5
 
 
 def test_packed_documents_have_the_gradients_of_separate_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from automodel.compat import TRANSFORMERS_5
 from tests.automodel.helpers import CONFIGS, every_config, pair, relative, tokens
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -17,7 +18,9 @@ def test_greedy_tokens_are_identical(name: str) -> None:
     assert torch.equal(ours.generate(ids, **GREEDY), theirs.generate(ids, **GREEDY))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral sliding window", "qwen2 sliding layers", "llama"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "mixtral sliding window", "deepseek_v3", "gpt_oss", "qwen2 sliding layers", "llama"]
+)
 def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
     theirs, ours = pair(name)
     ids = tokens(3, 8)
@@ -32,11 +35,13 @@ def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
     assert torch.equal(actual[2, 8:], alone[0, 2:])
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama"])
 def test_beam_search_and_static_cache_agree(name: str) -> None:
     theirs, ours = pair(name)
     ids = tokens(2, 5)
     for arguments in ({"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
+        if name == "deepseek_v3" and "num_beams" not in arguments and not TRANSFORMERS_5:
+            continue  # the static cache of 4.57 has keys and values of one size only, for its own class too
         actual, expected = (m.generate(ids, pad_token_id=0, **GREEDY, **arguments) for m in (ours, theirs))
         assert torch.equal(actual, expected)
 

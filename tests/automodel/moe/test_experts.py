@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from automodel.backends import Backend
+from automodel.kernels.activations import SWIGLU, ClampedSwiGLU
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.moe.experts import Experts
 
@@ -31,9 +32,10 @@ class LoopbackDispatcher:
         return combine_rows(rows_MD, weight_NK, state)
 
 
-def layer(backend: str = "auto", dtype: torch.dtype = torch.float32) -> Experts:
+def layer(backend: str = "auto", dtype: torch.dtype = torch.float32, bias: bool = False) -> Experts:
     torch.manual_seed(0)
-    made = Experts(EXPERTS, HIDDEN, WIDTH, F.silu, Backend.parse(backend))
+    activation = ClampedSwiGLU(1.702, 0.5) if bias else SWIGLU
+    made = Experts(EXPERTS, HIDDEN, WIDTH, activation, Backend.parse(backend), bias=bias)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made.to(dtype)
@@ -57,10 +59,25 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(backend: str, dtype: to
     torch.testing.assert_close(experts(x_ND, index_NK, weight_NK).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_backends_agree_in_values_and_gradients() -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [("auto", torch.float32), ("torch", torch.float64)])
+def test_biases_are_the_experts_own_and_so_are_weighted_by_the_router(backend: str, dtype: torch.dtype) -> None:
+    experts = layer(backend, dtype, bias=True)
+    x_ND, index_NK, weight_NK = batch(dtype)
+    expected = torch.zeros(11, HIDDEN, dtype=torch.float64)
+    for token in range(11):
+        for expert, weight in zip(index_NK[token], weight_NK[token].double(), strict=True):
+            gate_up = experts.gate_up_proj[expert].double() @ x_ND[token].double() + experts.gate_up_proj_bias[expert]
+            gate, up = gate_up[:WIDTH].clamp(max=0.5), gate_up[WIDTH:].clamp(-0.5, 0.5)
+            middle = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            expected[token] += weight * (experts.down_proj[expert].double() @ middle + experts.down_proj_bias[expert])
+    torch.testing.assert_close(experts(x_ND, index_NK, weight_NK).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_backends_agree_in_values_and_gradients(bias: bool) -> None:
     results = []
     for backend in ("torch", "grouped_mm"):
-        experts = layer(backend)
+        experts = layer(backend, bias=bias)
         x_ND, index_NK, weight_NK = batch()
         inputs = [x_ND.requires_grad_(), weight_NK.requires_grad_(), *experts.parameters()]
         out = experts(x_ND, index_NK, weight_NK)
@@ -78,14 +95,14 @@ def test_an_expert_that_no_token_chose_has_a_zero_gradient() -> None:
 
 
 def test_a_dispatcher_carries_the_rows_and_scales_only_expert_gradients() -> None:
-    local, remote = layer(), layer()
+    local, remote = layer(bias=True), layer(bias=True)
     remote.dispatcher = LoopbackDispatcher()
     gradients = []
     for experts in (local, remote):
         x_ND, index_NK, weight_NK = batch()
         x_ND.requires_grad_()
         experts(x_ND, index_NK, weight_NK).square().sum().backward()
-        gradients.append((x_ND.grad, experts.gate_up_proj.grad, experts.down_proj.grad))
+        gradients.append((x_ND.grad, *(parameter.grad for parameter in experts.parameters())))
     assert remote.dispatcher.calls == ["dispatch", "combine"]
-    for scale, a, b in zip((1.0, 0.25, 0.25), *gradients, strict=True):
+    for scale, a, b in zip((1.0, 0.25, 0.25, 0.25, 0.25), *gradients, strict=True):
         torch.testing.assert_close(a * scale, b)

@@ -29,6 +29,17 @@ def test_normalised_weights_sum_to_one() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(7))
 
 
+def test_a_softmax_over_the_chosen_logits_includes_the_bias() -> None:
+    made = TopKRouter(8, 5, 3, normalize=False, bias=True, softmax_over_chosen=True)
+    torch.nn.init.normal_(made.weight)
+    made.bias.data = torch.tensor([9.0, 0.0, 0.0, 8.0, 0.0])
+    x = torch.randn(7, 8) * 0.1
+    logits, weights, chosen = made(x)
+    torch.testing.assert_close(logits, x @ made.weight.T + made.bias)
+    assert set(chosen[:, :2].flatten().tolist()) == {0, 3}
+    torch.testing.assert_close(weights, logits.gather(1, chosen).softmax(-1))
+
+
 @pytest.mark.parametrize(("float32_weights", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_the_dtype_of_the_weights_is_the_familys(float32_weights: bool, dtype: torch.dtype) -> None:
     made = router(True, float32_weights).bfloat16()

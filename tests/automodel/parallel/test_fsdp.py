@@ -12,7 +12,7 @@ from automodel.parallel.grad_norm import clip_grad_norm_
 from automodel.parallel.mesh import MeshConfig, MixedPrecision, data_parallel
 from ckpt_tools.core.errors import UsageError
 from tests.automodel.ranks import run_ranks
-from tests.automodel.tiny import batch, dense_model, moe_model
+from tests.automodel.tiny import batch, deepseek_v3_model, dense_model, gpt_oss_model, moe_model
 
 GLOBAL_ROWS = 4
 MAX_NORM = 0.5
@@ -79,6 +79,61 @@ def test_experts_need_not_divide_by_the_processes(num_experts, mesh):
         return moe_model(num_experts)
 
     assert_same(step(build, MeshConfig()), run_ranks(4, step, build, mesh))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_experts"),
+    [
+        (MeshConfig(dp_shard=1, ep=2), 4),
+        (MeshConfig(dp_shard=2, ep=1), 4),
+        (MeshConfig(dp_shard=2, ep=2), 3),
+        (MeshConfig(dp_shard=1, ep=4), 3),
+    ],
+    ids=["ep2", "fsdp2", "fsdp2ep2, 3 experts", "ep4, 3 experts"],
+)
+def test_biases_of_experts_and_sinks_of_heads_are_sharded_too(mesh, num_experts):
+    def build():
+        return gpt_oss_model(num_experts)
+
+    single = step(build, MeshConfig())
+    ranks = run_ranks(mesh.dp_shard * mesh.ep, step, build, mesh)
+    assert_same(single, ranks)
+    biases = [name for name in single[2] if name.endswith(("proj_bias", "gate.bias", "sinks"))]
+    assert len(biases) == 2 * 4
+    assert all(single[2][name].abs().max() > 0 for name in biases)
+    if mesh.ep > 1:
+        placements = [kinds for name, kinds in ranks[0][3].items() if name.endswith("proj_bias")]
+        assert all((Shard, 0) in kinds for kinds in placements)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(dp_shard=1, ep=2), MeshConfig(dp_shard=2), MeshConfig(dp_shard=2, ep=2), MeshConfig(dp_shard=1, ep=4)],
+    ids=["ep2", "fsdp2", "fsdp2ep2", "ep4"],
+)
+def test_latent_attention_and_routing_by_groups_are_the_same_on_any_mesh(mesh):
+    single = step(deepseek_v3_model, MeshConfig())
+    ranks = run_ranks(mesh.dp_shard * mesh.ep, step, deepseek_v3_model, mesh)
+    assert_same(single, ranks)
+    without = [name for name, grad in single[2].items() if grad is None]
+    assert without
+    assert all(name.startswith("model.layers.2.") for name in without), "only the held layer has no gradients"
+
+
+def _bias_in_forward(mesh_config):
+    model = deepseek_v3_model()
+    expected = model.model.layers[1].mlp.gate.e_score_correction_bias.clone()
+    parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
+    seen = []
+    gate = model.model.layers[1].mlp.gate
+    gate.register_forward_pre_hook(lambda module, _: seen.append((module.weight, module.e_score_correction_bias)))
+    model(input_ids=batch(2), labels=batch(2)).loss.backward()
+    (weight, bias), *_ = seen
+    return weight.dtype, torch.equal(bias, expected)
+
+
+def test_computing_in_bfloat16_leaves_the_correction_bias_in_float32():
+    assert run_ranks(2, _bias_in_forward, MeshConfig(dp_shard=1, ep=2)) == [(torch.bfloat16, True)] * 2
 
 
 def test_a_process_without_experts_works_beside_fsdp_and_mixed_precision():

@@ -1,0 +1,44 @@
+"""What lies between the two projections of an expert: a function of the gate half and the up half.
+
+They are values that compare equal and can be pickled, so that a spec or a module that holds one can be, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+GatedActivation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(gate [..., F], up [..., F]) -> [..., F]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """activation(gate) * up."""
+
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.activation(gate) * up
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedSwiGLU:
+    """(up + 1) * gate * sigmoid(alpha * gate), where `gate` is at most `limit` and `up` within +-`limit`.
+
+    The activation of GPT-OSS (arXiv 2508.10925, section 2.2).
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+SWIGLU = Gated(F.silu)
+"""silu(gate) * up."""
