@@ -146,3 +146,21 @@ def test_a_config_without_a_needed_field_says_which() -> None:
     config = {k: v for k, v in CONFIGS["mixtral"].items() if k != "num_local_experts"}
     with pytest.raises(LayoutError, match="num_local_experts"):
         layout_for(config)
+
+
+@pytest.mark.parametrize(("manifest", "form"), [("gpt-oss-20b", ""), ("gpt-oss-20b-mxfp4", "mxfp4")])
+def test_gpt_oss_20b_has_exactly_the_published_names_and_shapes_in_both_forms(manifest: str, form: str) -> None:
+    config = {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "vocab_size": 201088,
+    }
+    published = json.loads(gzip.decompress((MANIFESTS / f"{manifest}.json.gz").read_bytes()))
+    layout = get_family("gpt_oss").layout(config, form=form)
+    assert {name: list(shape) for name, shape in layout.shapes("hf").items()} == published
