@@ -18,7 +18,7 @@ from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine import describe
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
-from ckpt_tools.engine.copy import PER_THREAD, CopyOptions, run_plan
+from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
 from ckpt_tools.engine.describe import Difference, Explanation, TensorGroup
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
@@ -475,7 +475,8 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
     source: Checkpoint = plan.source
     dropped = dict.fromkeys(source.dropped, "a buffer that holds no weights")
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
-    threads = options.bounded_threads()
+    per_thread = thread_bytes(plan)
+    threads = options.bounded_threads(per_thread)
     return CopyReport(
         str(source.root),
         None if destination is None else str(destination),
@@ -488,7 +489,7 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
         sum(copy.changes_values for copy in plan.copies),
         dropped,
         len(source.store.skipped),
-        threads * PER_THREAD,
+        threads * per_thread,
         threads,
         time.perf_counter() - started,
     )

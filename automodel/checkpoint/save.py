@@ -58,8 +58,7 @@ def save_checkpoint(
                 staging.__enter__()
                 entered = True
                 # What a killed save left here is of no use: its tensors are gone.
-                staging.discard()
-                staging.path.mkdir()
+                staging.restart()
         writer = AlignedWriter(staging.path, threads=threads)
         with dcp_call(f"saving {directory}") as no_dist:
             dcp.save(dict(state), storage_writer=writer, planner=TensorPlanner(), no_dist=no_dist)

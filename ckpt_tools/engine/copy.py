@@ -11,14 +11,18 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
-from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute
+from ckpt_tools.engine.ends import Encoded
+from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
 
 PER_THREAD = 4 * WINDOW
-"""Upper bound of the bytes that a thread holds: window, cast copy and scratch of a strided run."""
+"""Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided run."""
+
+PER_ENCODED_ITEM = 32
+"""Upper bound of the bytes that a thread holds for each item of a window that is quantised: FP32 copies and codes."""
 
 SLACK = 16 << 20
 """Disk left free beyond the plan, for the journal and the file system's own records."""
@@ -40,8 +44,8 @@ class CopyOptions:
     memory: int | None = None
     progress: Progress | None = None
 
-    def bounded_threads(self) -> int:
-        """Threads that fit into the memory bound.
+    def bounded_threads(self, per_thread: int = PER_THREAD) -> int:
+        """Threads that fit into the memory bound, each holding up to `per_thread` bytes.
 
         Raises:
             ResourceError: not even one does.
@@ -49,13 +53,19 @@ class CopyOptions:
         wanted = self.threads or default_threads()
         if self.memory is None:
             return wanted
-        fitting = self.memory // PER_THREAD
+        fitting = self.memory // per_thread
         if fitting < 1:
             raise ResourceError(
-                f"a memory bound of {self.memory:,} bytes is below the {PER_THREAD:,} that one thread needs",
-                hint=f"give --memory {PER_THREAD >> 20}MiB or more",
+                f"a memory bound of {self.memory:,} bytes is below the {per_thread:,} that one thread needs",
+                hint=f"give --memory {-(-per_thread // (1 << 20))}MiB or more",
             )
         return min(wanted, fitting)
+
+
+def thread_bytes(plan: Plan) -> int:
+    """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large."""
+    encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
+    return max(PER_THREAD, PER_ENCODED_ITEM * max(encoded, default=0))
 
 
 def check_disk(destination: Path, needed: int) -> None:
@@ -90,7 +100,7 @@ def run_plan(
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
-    threads = options.bounded_threads()
+    threads = options.bounded_threads(thread_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
         done = _bytes_used(staging.path)

@@ -142,7 +142,8 @@ class RepositoryExport:
         """
         self._staging.__enter__()
         check_disk(self._staging.path, sum(self._target.store.files.values()) + SLACK)
-        self._staging.resume("export").close()
+        # Ranks keep no journal, and an interrupted export may have been cut into other files.
+        self._staging.restart()
         with FileWriter(self._staging.path) as writer:
             write_frames(self._target, writer)
 

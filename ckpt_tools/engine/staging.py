@@ -106,11 +106,16 @@ class Staging:
             whole = len(records) - len(records) % _RECORD.size
             done = dict(_RECORD.iter_unpack(records[:whole]))
             return FileJournal(path, done, len(key) + whole)
+        self.restart()
+        with storage_errors("write", path):
+            path.write_bytes(key)
+        return FileJournal(path, {}, len(key))
+
+    def restart(self) -> None:
+        """Empties the directory: whatever an earlier run left there is not part of this output."""
         with storage_errors("empty", self.path):
             shutil.rmtree(self.path)
             self.path.mkdir()
-            path.write_bytes(key)
-        return FileJournal(path, {}, len(key))
 
     def write_document(self, name: str, data: bytes) -> None:
         """A small file, written and synced."""

@@ -142,3 +142,19 @@ def test_a_part_of_a_tensor_of_an_unknown_architecture_is_read_from_its_place(tm
     data = bytearray(2 * 4 * 2)
     load_boxes(open_checkpoint(source), [Box("w", (3, 0), (2, 4), BF16, memoryview(data))])
     assert bytes(data) == tensor_bytes(source)["w"][3 * 8 : 5 * 8]
+
+
+def test_files_of_an_interrupted_export_that_was_cut_otherwise_do_not_stay(tmp_path: Path) -> None:
+    source = make_repository(tmp_path / "source", "qwen3")
+    checkpoint = open_checkpoint(source)
+    held = rank_boxes(checkpoint, ShardingMesh(), 0)
+    load_boxes(checkpoint, held)
+    dtypes = dict.fromkeys(checkpoint.layout.native, BF16)
+    for size in (10_000, 10**9):
+        export = RepositoryExport(checkpoint.layout, {}, tmp_path / "out", dtypes=dtypes, max_shard_size=size)
+        export.prepare()
+        export.write(held)
+        if size == 10_000:
+            export._staging.__exit__()  # as if the process had died here
+    export.commit()
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]

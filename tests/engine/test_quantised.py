@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools import consolidate, convert, inspect, roundtrip, verify
+from ckpt_tools import consolidate, convert, inspect, plan, roundtrip, verify
 from ckpt_tools.core.dtypes import DTYPES
-from ckpt_tools.core.errors import LayoutError, UsageError
+from ckpt_tools.core.errors import LayoutError, ResourceError, UsageError
 from ckpt_tools.families import get_family
 from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
 
@@ -129,11 +129,20 @@ def test_quantising_what_was_dequantised_gives_the_same_values_back(tmp_path: Pa
     if FORMS[family] == "mxfp4":
         verify(tmp_path / "again", against=source)
     else:
-        scales = [name for name in before if name.endswith("_scale_inv")]
-        for name in scales:
-            old, new = (np.frombuffer(t[name], np.float32) for t in (before, after))
-            # Random codes hold NaN and need not reach 448; where a block does, its scale comes back within BF16.
-            assert old.shape == new.shape
+        layout = get_family(family).layout(json.loads((source / "config.json").read_bytes()))
+        encoded = [name for name in before if name + "_scale_inv" in before]
+        assert encoded
+        for name in encoded:
+            old, new = (
+                np.frombuffer(fp8_reference(t[name], t[name + "_scale_inv"], layout.leaves[name].shape), np.uint16)
+                .view(ml_dtypes.bfloat16)
+                .astype(np.float64)
+                for t in (before, after)
+            )
+            assert np.array_equal(np.isnan(old), np.isnan(new)), name
+            # A block that does not reach 448 gets another scale: its codes are rounded once more, by 2**-4 at most.
+            largest = np.nanmax(np.abs(old))
+            assert np.allclose(old, new, rtol=2**-4 + 2**-7, atol=largest / 448 * 2**-9, equal_nan=True), name
 
 
 def test_quantised_checkpoints_are_neither_converted_nor_consolidated_without_being_asked(tmp_path: Path) -> None:
@@ -195,3 +204,11 @@ def test_a_missing_scale_is_a_missing_tensor(tmp_path: Path) -> None:
 def test_roundtrip_of_a_quantised_repository_compares_its_values(tmp_path: Path, family: str) -> None:
     source = make_quantised(tmp_path / "source", family)
     assert roundtrip(source, work=tmp_path).family == family
+
+
+def test_a_memory_bound_counts_the_blocks_that_quantising_holds(tmp_path: Path) -> None:
+    source = make_quantised(tmp_path / "source", "deepseek_v3", intermediate_size=4096)
+    convert(source, tmp_path / "native", dequantize=True)
+    assert plan(tmp_path / "native", quantize="fp8", threads=1).memory >= 128 * 4096 * 16
+    with pytest.raises(ResourceError, match="memory"):
+        plan(tmp_path / "native", quantize="fp8", memory="5MB")
