@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from automodel.kernels.experts import ExpertsKernel, grouped_mm_obstacle
+from automodel.kernels.activations import SWIGLU, GatedActivation
+from automodel.kernels.cross_entropy import fused_loss_obstacle
+from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle, has_triton
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
 
 _logger = get_logger(__name__)
 
-ExpertsChoice = Literal["auto", "torch", "grouped_mm"]
+ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused"]
 NormChoice = Literal["auto", "torch", "fused"]
 NormKernel = Literal["torch", "fused"]
+SdpaChoice = Literal["auto", "torch", "cudnn"]
+LayersChoice = Literal["auto", "eager", "compiled"]
+LossChoice = Literal["auto", "torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
 
@@ -33,12 +38,19 @@ class Backend:
     """The implementation wanted for each kind of layer; `"auto"` takes the fastest that can run.
 
     Attributes:
-        experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call.
+        experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
+            Triton kernels around the products.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
+        sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, `"cudnn"` prefers cuDNN's.
+        layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
+        loss: `"fused"` computes head and loss by chunks, where the caller passes `skip_logits=True`.
     """
 
     experts: ExpertsChoice = "auto"
     norm: NormChoice = "auto"
+    sdpa: SdpaChoice = "auto"
+    layers: LayersChoice = "auto"
+    loss: LossChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
@@ -52,8 +64,8 @@ class Backend:
         if value is None or value == "auto":
             return cls()
         if isinstance(value, str):
-            value = {field.name: value for field in fields(cls)} if value == "torch" else {"experts": value}
-        choices = {"experts": get_args(ExpertsChoice), "norm": get_args(NormChoice)}
+            value = dict(_REFERENCE) if value == "torch" else {"experts": value}
+        choices = {layer: get_args(choice) for layer, choice in _CHOICES.items()}
         for layer, kernel in value.items():
             if layer not in choices:
                 raise UsageError(
@@ -65,6 +77,16 @@ class Backend:
                     f"no {layer} backend is called {kernel!r}", hint=f"choose one of {', '.join(choices[layer])}"
                 )
         return cls(**value)
+
+
+_CHOICES = {
+    "experts": ExpertsChoice,
+    "norm": NormChoice,
+    "sdpa": SdpaChoice,
+    "layers": LayersChoice,
+    "loss": LossChoice,
+}
+_REFERENCE = {layer: "torch" if "torch" in get_args(choice) else "eager" for layer, choice in _CHOICES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +105,33 @@ class ResolvedExperts(Resolved):
 
 
 def resolve_experts(
-    backend: Backend, device: torch.device, dtype: torch.dtype, hidden: int, width: int
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    width: int,
+    activation: GatedActivation = SWIGLU,
 ) -> ResolvedExperts:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
     Raises:
-        UsageError: `grouped_mm` was asked for by name and cannot run.
+        UsageError: a kernel was asked for by name and cannot run.
     """
-    if backend.experts == "torch":
-        return ResolvedExperts("torch", "asked for")
-    obstacle = grouped_mm_obstacle(device, dtype, hidden, width)
-    if obstacle is None:
-        return ResolvedExperts("grouped_mm")
-    if backend.experts == "grouped_mm":
-        raise UsageError(f"the experts backend grouped_mm cannot run here: {obstacle}", hint='use backend="auto"')
-    return ResolvedExperts("torch", obstacle)
+    reason = ""
+    for kernel, obstacle in (
+        ("fused", lambda: fused_obstacle(device, dtype, hidden, width, activation)),
+        ("grouped_mm", lambda: grouped_mm_obstacle(device, dtype, hidden, width)),
+    ):
+        if backend.experts not in ("auto", kernel):
+            reason = "asked for"
+            continue
+        found = obstacle()
+        if found is None:
+            return ResolvedExperts(kernel, reason)
+        if backend.experts == kernel:
+            raise UsageError(f"the experts backend {kernel} cannot run here: {found}", hint='use backend="auto"')
+        reason = found
+    return ResolvedExperts("torch", reason)
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
@@ -109,6 +143,41 @@ def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         return Resolved("torch", "FP32 keeps the reference")
     return Resolved("fused")
+
+
+def resolve_sdpa(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
+    """Which kernel `scaled_dot_product_attention` is to prefer. cuDNN's is the fastest on Hopper, in half precision."""
+    if backend.sdpa != "auto":
+        return Resolved(backend.sdpa, "" if backend.sdpa == "cudnn" else "asked for")
+    if device.type != "cuda" or dtype == torch.float32:
+        return Resolved("torch")
+    if _capability(device.index or 0) < (9, 0):
+        return Resolved("torch", "cuDNN's attention is preferred from compute capability 9.0 on")
+    return Resolved("cudnn")
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def resolve_layers(backend: Backend, device: torch.device, *, training: bool) -> Resolved:
+    """Whether decoder layers run compiled. `auto` compiles on CUDA, and only to train: generation changes shapes."""
+    if backend.layers != "auto":
+        return Resolved(backend.layers, "" if backend.layers == "compiled" else "asked for")
+    if device.type != "cuda":
+        return Resolved("eager", "layers are compiled on CUDA")
+    if not has_triton():
+        return Resolved("eager", "compiling needs triton, which is not installed")
+    return Resolved("compiled") if training else Resolved("eager", "layers are compiled to train")
+
+
+def resolve_loss(backend: Backend, device: torch.device) -> Resolved:
+    """How head and loss are computed where nobody wants the logits."""
+    if backend.loss != "auto":
+        return Resolved(backend.loss, "" if backend.loss == "fused" else "asked for")
+    obstacle = fused_loss_obstacle(device)
+    return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
 
 
 def require_attention(name: str | None) -> None:

@@ -42,3 +42,10 @@ class ClampedSwiGLU:
 
 SWIGLU = Gated(F.silu)
 """silu(gate) * up."""
+
+
+def is_swiglu(activation: object) -> bool:
+    """Whether `activation` is `SWIGLU` under any of the names that torch and transformers have for silu."""
+    return isinstance(activation, Gated) and (
+        activation.activation is F.silu or type(activation.activation).__name__ in ("SiLU", "SiLUActivation")
+    )

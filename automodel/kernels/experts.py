@@ -5,6 +5,8 @@ Legend: M rows, D hidden, F expert width, E experts of this process.
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import Literal
 
 import torch
@@ -13,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import SWIGLU, GatedActivation
 
-ExpertsKernel = Literal["torch", "grouped_mm"]
+ExpertsKernel = Literal["torch", "grouped_mm", "fused"]
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _GROUPED_DTYPES = {
@@ -46,6 +48,27 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, w
     return None
 
 
+def fused_obstacle(
+    device: torch.device, dtype: torch.dtype, hidden: int, width: int, activation: GatedActivation
+) -> str | None:
+    """Why `fused_experts` cannot run these experts, or None when it can; it needs grouped_mm and more."""
+    if device.type != "cuda":
+        return "the fused experts need CUDA"
+    if not has_triton():
+        return "the fused experts need triton, which is not installed"
+    from automodel.kernels.triton_rows import activation_form
+
+    if activation_form(activation) is None:
+        return f"the fused experts have no kernel for the activation {activation}"
+    return grouped_mm_obstacle(device, dtype, hidden, width)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def expert_mlp(
     x_MD: torch.Tensor,
     counts_E: torch.Tensor,
@@ -65,7 +88,7 @@ def expert_mlp(
         gate_up_E2FD: gate rows then up rows of each expert.
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
-            `grouped_mm_obstacle` tells.
+            `grouped_mm_obstacle` tells. The third kernel, `"fused"`, is `fused_experts`.
         activation: of the gate half and the up half.
         gate_up_bias_E2F, down_bias_ED: added to the two projections.
 
@@ -94,34 +117,41 @@ class _GroupedLinear(torch.autograd.Function):
         ends_E: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_MI, weight_EOI, ends_E)
-        y_MO = _grouped(x_MI, weight_EOI.transpose(-2, -1), ends_E)
-        return y_MO if bias_EO is None else y_MO + bias_EO.index_select(0, _expert_of_row(ends_E, len(x_MI)))
+        y_MO = grouped(x_MI, weight_EOI.transpose(-2, -1), ends_E)
+        return y_MO if bias_EO is None else y_MO + bias_EO.index_select(0, expert_of_row(ends_E, len(x_MI)))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_MI, weight_EOI, ends_E = ctx.saved_tensors
         grad_MO = grad_MO.contiguous()
-        grad_x = _grouped(grad_MO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            empty = x_MI.shape[0] == 0
-            grad_weight = torch.zeros_like(weight_EOI) if empty else _grouped_mm(grad_MO.t(), x_MI, offs=ends_E)
+        grad_x = grouped(grad_MO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
+        grad_weight = grouped_weight_gradient(grad_MO, x_MI, ends_E) if ctx.needs_input_grad[1] else None
+        grad_bias = None
         if ctx.needs_input_grad[2]:
             # A product, not index_add: it sums in FP32 and in one order, whatever the dtype and the device.
-            expert_M = _expert_of_row(ends_E, len(x_MI))
+            expert_M = expert_of_row(ends_E, len(x_MI))
             chosen_EM = expert_M == torch.arange(len(ends_E), device=expert_M.device).unsqueeze(1)
             grad_bias = chosen_EM.to(grad_MO.dtype) @ grad_MO
         return grad_x, grad_weight, grad_bias, None
 
 
-def _expert_of_row(ends_E: torch.Tensor, rows: int) -> torch.Tensor:
+def expert_of_row(ends_E: torch.Tensor, rows: int) -> torch.Tensor:
+    """Expert of each of `rows` rows that are sorted by expert, where `ends_E` says where each expert's end; [rows]."""
     return torch.searchsorted(ends_E, torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype), right=True)
 
 
-def _grouped(x_MI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped(x_MI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """x @ w[e] for the rows of each expert e: [M, O]."""
     if x_MI.shape[0] == 0:
         return x_MI.new_zeros(0, weight_EIO.shape[-1])
     return _grouped_mm(x_MI.contiguous(), weight_EIO, offs=ends_E)
+
+
+def grouped_weight_gradient(grad_MO: torch.Tensor, x_MI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """grad.T @ x over the rows of each expert: [E, O, I]."""
+    if x_MI.shape[0] == 0:
+        return x_MI.new_zeros(len(ends_E), grad_MO.shape[1], x_MI.shape[1])
+    return _grouped_mm(grad_MO.t(), x_MI, offs=ends_E)
 
 
 def _loop(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import FunctionCtx
 
+from automodel.kernels.experts import has_triton
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
@@ -17,12 +19,14 @@ class ExpertOrder:
 
     Attributes:
         order_M: pair index (token * K + choice) of each sorted row; int64.
+        token_M: token of each sorted row; int64.
         inverse_M: sorted row of each pair; int64.
         counts_E: rows of each expert; int32.
         top_k: K.
     """
 
     order_M: torch.Tensor
+    token_M: torch.Tensor
     inverse_M: torch.Tensor
     counts_E: torch.Tensor
     top_k: int
@@ -35,32 +39,49 @@ def sort_by_expert(expert_index_NK: torch.Tensor, num_experts: int) -> ExpertOrd
         expert_index_NK: expert of each choice, an integer in [0, num_experts).
         num_experts: E; experts that no token chose get a count of 0.
     """
-    pairs_M = expert_index_NK.reshape(-1)
+    top_k = expert_index_NK.shape[1]
+    # A radix sort takes as many passes as the keys have bytes.
+    pairs_M = expert_index_NK.reshape(-1).to(torch.int16 if num_experts < 2**15 else torch.int32)
     sorted_M, order_M = torch.sort(pairs_M, stable=True)
     inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+    inverse_M.scatter_(0, order_M, torch.arange(order_M.numel(), device=order_M.device))
     bounds_E = torch.arange(num_experts, device=pairs_M.device, dtype=sorted_M.dtype)
     ends_E = torch.searchsorted(sorted_M, bounds_E, right=True, out_int32=True)
     counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-    return ExpertOrder(order_M, inverse_M, counts_E, expert_index_NK.shape[1])
+    return ExpertOrder(order_M, order_M // top_k, inverse_M, counts_E, top_k)
 
 
 class _Scatter(torch.autograd.Function):
-    """rows[m] = x[order[m] // K]; the gradient of a token is the sum of its K rows."""
+    """rows[m] = x[token[m]]; the gradient of a token is the sum of its K rows."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_ND: torch.Tensor, order_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int
+        ctx: FunctionCtx, x_ND: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_M)
         ctx.top_k = top_k
-        return x_ND.index_select(0, order_M // top_k)
+        return x_ND.index_select(0, token_M)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inverse_M,) = ctx.saved_tensors
-        pairs_MD = grad_MD.index_select(0, inverse_M)
-        return pairs_MD.view(-1, ctx.top_k, grad_MD.shape[-1]).sum(1), None, None, None
+        return _token_sums(grad_MD.contiguous(), inverse_M, ctx.top_k), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """out[n] = the sum of token n's K rows; the gradient of a row is that of its token."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows_MD: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(token_M)
+        return _token_sums(rows_MD, inverse_M, top_k)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (token_M,) = ctx.saved_tensors
+        return grad_ND.index_select(0, token_M), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -81,7 +102,12 @@ class _Permute(torch.autograd.Function):
 
 def rows_by_expert(x_ND: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
     """[N, D] -> [M, D]: each token once for every expert it chose, sorted by expert."""
-    return _Scatter.apply(x_ND, order.order_M, order.inverse_M, order.top_k)
+    return _Scatter.apply(x_ND, order.token_M, order.inverse_M, order.top_k)
+
+
+def sum_by_token(rows_MD: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """[M, D] -> [N, D]: the K rows of each token added up, in FP32."""
+    return _Gather.apply(rows_MD, order.token_M, order.inverse_M, order.top_k)
 
 
 def permute_rows(rows_MD: torch.Tensor, index_M: torch.Tensor, inverse_M: torch.Tensor) -> torch.Tensor:
@@ -93,3 +119,11 @@ def combine_rows(rows_MD: torch.Tensor, weight_NK: torch.Tensor, order: ExpertOr
     """[M, D] -> [N, D]: the K rows of each token times its routing weights, summed in the wider of the two dtypes."""
     pairs_NKD = permute_rows(rows_MD, order.inverse_M, order.order_M).view(-1, order.top_k, rows_MD.shape[-1])
     return (pairs_NKD * weight_NK.unsqueeze(-1)).sum(1).to(rows_MD.dtype)
+
+
+def _token_sums(rows_MD: torch.Tensor, inverse_M: torch.Tensor, top_k: int) -> torch.Tensor:
+    if rows_MD.is_cuda and has_triton():
+        from automodel.kernels.triton_rows import sum_rows
+
+        return sum_rows(rows_MD, inverse_M, top_k)
+    return rows_MD.index_select(0, inverse_M).view(-1, top_k, rows_MD.shape[-1]).sum(1)

@@ -9,14 +9,16 @@ Legend: B batch, S sequence, D hidden, H heads, G kv heads, R = H / G, d head_di
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend
+from automodel.backends import Backend, resolve_sdpa
 from automodel.compat import update_cache
+from automodel.kernels.sdpa import cudnn_first
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec
@@ -30,7 +32,7 @@ class Attention(nn.Module):
     Args:
         spec: shape of the decoder.
         layer: index of the layer in the cache.
-        backend: for the query and key norms.
+        backend: for the attention, and the query and key norms.
 
     Attributes:
         sinks: [H], a logit for each query head that joins the softmax over its keys and has no value, so that the
@@ -41,6 +43,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.layer = layer
+        self.backend = backend
         self.groups = groups
         self.heads_per_group = heads // groups
         self.head_dim = head_dim
@@ -82,6 +85,8 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
+        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype).kernel == "cudnn":
+            attend = partial(cudnn_first, attend)
         output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
         return self.o_proj(output_BHSd.transpose(1, 2).flatten(2, 3)), probabilities
 

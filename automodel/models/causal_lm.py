@@ -24,16 +24,22 @@ from automodel.backends import (
     Backend,
     BackendReport,
     BackendRow,
+    ResolvedExperts,
     require_attention,
     resolve_experts,
+    resolve_layers,
+    resolve_loss,
     resolve_norm,
+    resolve_sdpa,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
+from automodel.kernels.activations import Gated
 from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
+from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
 from automodel.models.norms import RMSNorm
 from automodel.models.predict_layer import PredictLayer
-from automodel.models.spec import DecoderSpec
+from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.router import TopKRouter, load_balancing_loss
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.sizes import parse_size
@@ -96,7 +102,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Decoder(config, self.spec, self.backend)
         for layer in range(config.num_hidden_layers, config.num_hidden_layers + predict_layers):
             self.model.layers.append(PredictLayer(self.spec, layer, config.vocab_size, self.backend))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @staticmethod
@@ -119,6 +125,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **loss_arguments: object,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple[object, ...]:
         """Logits [B, S, V], and the loss when `labels` [B, S] are given; the arguments are transformers' own.
@@ -128,6 +135,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
             output_router_logits: also return the router logits of each expert layer and add the load-balancing
                 loss, times `router_aux_loss_coef`, to the loss.
             logits_to_keep: compute only the last so many positions (0: all), or those that the indices name.
+            skip_logits: where there are labels, the logits are not wanted: they are None where the fused loss runs.
             loss_arguments: `num_items_in_batch`, `shift_labels`, `ignore_index`.
         """
         decoded = self.model(
@@ -141,11 +149,15 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states=_default(output_hidden_states, self.config.output_hidden_states),
             cache_position=cache_position,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(decoded.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or loss_arguments.get("shift_labels") is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
+        has_labels = labels is not None or loss_arguments.get("shift_labels") is not None
+        loss = logits = None
+        if skip_logits and has_labels and self._fuses_loss(decoded.last_hidden_state, loss_arguments):
+            loss = loss_without_logits(self.lm_head, decoded.last_hidden_state, labels, **loss_arguments)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(decoded.last_hidden_state[:, kept])
+            if has_labels:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
         common = {
             "logits": logits,
             "past_key_values": decoded.past_key_values,
@@ -168,6 +180,10 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
                 loss=loss, aux_loss=aux_loss, router_logits=decoded.router_logits if wanted else None, **common
             )
         return output if _default(return_dict, getattr(self.config, "return_dict", True)) else output.to_tuple()
+
+    def _fuses_loss(self, hidden_states: torch.Tensor, loss_arguments: dict[str, object]) -> bool:
+        fused = resolve_loss(self.backend, hidden_states.device).kernel == "fused"
+        return fused and can_skip_logits(self.loss_function, loss_arguments)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
@@ -243,18 +259,30 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         """What runs each kind of layer of this model where its parameters are now, and why not a faster kernel."""
         weight = self.lm_head.weight
         norm = resolve_norm(self.backend, weight.device, weight.dtype)
+        sdpa = resolve_sdpa(self.backend, weight.device, weight.dtype)
+        layers = resolve_layers(self.backend, weight.device, training=self.training)
+        loss = resolve_loss(self.backend, weight.device)
         norms = sum(isinstance(module, RMSNorm) for module in self.modules())
         attention = self.config._attn_implementation
-        slower = "asked for" if attention == "eager" else ""
+        slower = "asked for" if attention == "eager" else sdpa.reason
+        if attention == "sdpa" and sdpa.kernel == "cudnn":
+            attention = "sdpa, cuDNN first"
         rows = [
             BackendRow("attention", self.config.num_hidden_layers, attention, slower),
             BackendRow("norm", norms, norm.kernel, norm.reason),
             BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
+            BackendRow("layers", self.config.num_hidden_layers, layers.kernel, layers.reason),
+            BackendRow("loss", 1, loss.kernel, loss.reason),
         ]
         if moe := self.spec.moe:
-            resolved = resolve_experts(self.backend, weight.device, weight.dtype, self.spec.hidden_size, moe.width)
+            resolved = self._experts_kernel(moe)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
         return BackendReport(tuple(rows))
+
+    def _experts_kernel(self, moe: MoeSpec) -> ResolvedExperts:
+        weight, activation = self.lm_head.weight, moe.activation or Gated(self.spec.activation)
+        hidden = self.spec.hidden_size
+        return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

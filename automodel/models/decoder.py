@@ -5,14 +5,16 @@ Legend: B batch, S sequence, D hidden, V vocabulary, d head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from automodel.backends import Backend, require_attention
+from automodel.backends import Backend, require_attention, resolve_layers
 from automodel.compat import PreTrainedConfig, attention_mask_for
 from automodel.models.attention import Attention
 from automodel.models.latent_attention import LatentAttention
@@ -40,6 +42,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.kind = spec.attention_kinds[layer]
+        self.backend = backend
         self.self_attn = attention(spec, layer, backend)
         sparse = spec.moe is not None and layer in spec.moe.layers
         self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec)
@@ -57,12 +60,33 @@ class DecoderLayer(GradientCheckpointingLayer):
         cache_position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Hidden states [B, S, D], attention probabilities (eager only), router logits (expert layers only)."""
+        training = self.training and torch.is_grad_enabled()
+        compiled = resolve_layers(self.backend, x_BSD.device, training=training).kernel == "compiled"
+        run = _compiled_layer() if compiled else DecoderLayer._run
+        return run(self, x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
+
+    def _run(
+        self,
+        x_BSD: torch.Tensor,
+        cos_BSd: torch.Tensor,
+        sin_BSd: torch.Tensor,
+        mask: torch.Tensor | None,
+        kernel: str,
+        past_key_values: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         attended, probabilities = self.self_attn(
             self.input_layernorm(x_BSD), cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position
         )
         x_BSD = x_BSD + attended
         output, router_logits = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + output, probabilities, router_logits
+
+
+@cache
+def _compiled_layer() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    # What is inside the hooks of FSDP and of checkpointing, and one function, so that all layers share its graphs.
+    return torch.compile(DecoderLayer._run)
 
 
 class Decoder(nn.Module):

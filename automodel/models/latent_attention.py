@@ -7,13 +7,16 @@ without position, r with rotary position (shared by the keys of all heads), and 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend
+from automodel.backends import Backend, resolve_sdpa
 from automodel.compat import update_cache
+from automodel.kernels.sdpa import cudnn_first
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec, LatentSpec
@@ -29,12 +32,13 @@ class LatentAttention(nn.Module):
         spec: shape of the decoder.
         latent: what is particular to this attention.
         layer: index of the layer in the cache.
-        backend: for the norms of the latents.
+        backend: for the attention, and the norms of the latents.
     """
 
     def __init__(self, spec: DecoderSpec, latent: LatentSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.layer = layer
+        self.backend = backend
         self.latent = latent
         self.dropout = spec.attention_dropout
         hidden, heads, rank = spec.hidden_size, spec.num_heads, latent.rank
@@ -82,6 +86,8 @@ class LatentAttention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
+        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype).kernel == "cudnn":
+            attend = partial(cudnn_first, attend)
         output_BHSv, probabilities = attend(query_BHSd, key_BHTd, value_BHTv, mask, dropout, latent.scale)
         return self.o_proj(output_BHSv.transpose(1, 2).flatten(2, 3)), probabilities
 

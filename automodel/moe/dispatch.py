@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.permute import ExpertOrder, combine_rows, permute_rows, rows_by_expert, sort_by_expert
+from automodel.kernels.permute import (
+    ExpertOrder,
+    combine_rows,
+    permute_rows,
+    rows_by_expert,
+    sort_by_expert,
+    sum_by_token,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +71,19 @@ class AllToAllDispatcher:
         """
         return 1 / self.size
 
-    def dispatch(self, x_ND: Tensor, expert_index_NK: Tensor) -> tuple[Tensor, Tensor, DispatchState]:
+    def dispatch(
+        self, x_ND: Tensor, expert_index_NK: Tensor, weight_NK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, DispatchState]:
         """Send each token to its K experts.
 
         Args:
             x_ND: tokens of this process.
             expert_index_NK: expert of each choice, an integer in [0, E).
+            weight_NK: weight of each choice, to travel with its row where the experts apply it.
 
         Returns:
             rows_MD: the tokens that this process's experts received, grouped by expert in ascending order.
+            weight_M: weights of the rows, in FP32 or wider; None if none were given.
             counts_E_local: int64 rows of each local expert (no entries where this process holds none).
             state: for `combine`.
         """
@@ -92,15 +103,21 @@ class AllToAllDispatcher:
 
         rows_MD = _AllToAll.apply(rows_by_expert(x_ND, order), received, sent, self.group)
         rows_MD = permute_rows(rows_MD, expert_order_M, source_order_M)
+        weight_M = None
+        if weight_NK is not None:
+            wide_NK = weight_NK.to(torch.promote_types(weight_NK.dtype, torch.float32))
+            sent_M = permute_rows(wide_NK.reshape(-1, 1), order.order_M, order.inverse_M)
+            received_M = _AllToAll.apply(sent_M, received, sent, self.group)
+            weight_M = permute_rows(received_M, expert_order_M, source_order_M).squeeze(1)
         state = DispatchState(order, expert_order_M, source_order_M, sent, received)
-        return rows_MD, received_counts.sum(0)[: self.num_local_experts], state
+        return rows_MD, weight_M, received_counts.sum(0)[: self.num_local_experts], state
 
-    def combine(self, rows_MD: Tensor, weight_NK: Tensor, state: DispatchState) -> Tensor:
+    def combine(self, rows_MD: Tensor, weight_NK: Tensor | None, state: DispatchState) -> Tensor:
         """Return the experts' rows to their tokens and add them up, weighted.
 
         Args:
             rows_MD: results, in the order of `dispatch`'s rows.
-            weight_NK: weight of each choice.
+            weight_NK: weight of each choice; None where the experts applied it.
             state: from `dispatch`.
 
         Returns:
@@ -108,7 +125,9 @@ class AllToAllDispatcher:
         """
         rows_MD = permute_rows(rows_MD, state.source_order_M, state.expert_order_M)
         rows_RD = _AllToAll.apply(rows_MD, state.sent, state.received, self.group)
-        return combine_rows(rows_RD, weight_NK, state.order)
+        return (
+            sum_by_token(rows_RD, state.order) if weight_NK is None else combine_rows(rows_RD, weight_NK, state.order)
+        )
 
 
 class _AllToAll(torch.autograd.Function):

@@ -8,6 +8,7 @@ Legend: N tokens, K experts per token, D hidden, F expert width, E experts, M ro
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from automodel.backends import Backend, resolve_experts
 from automodel.kernels.activations import GatedActivation
-from automodel.kernels.experts import expert_mlp
+from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 
 
@@ -31,12 +32,15 @@ class Dispatcher(Protocol):
 
     gradient_scale: float
 
-    def dispatch(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
-        """Rows [M, D] sorted by local expert, the number of rows of each local expert, and state for `combine`."""
+    def dispatch(
+        self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, object]:
+        """Rows [M, D] sorted by local expert, their routing weights [M] if given any, the number of rows of each
+        local expert, and state for `combine`."""
         ...
 
-    def combine(self, rows_MD: torch.Tensor, weight_NK: torch.Tensor, state: object) -> torch.Tensor:
-        """Rows sent back to their tokens and summed with the routing weights: [N, D]."""
+    def combine(self, rows_MD: torch.Tensor, weight_NK: torch.Tensor | None, state: object) -> torch.Tensor:
+        """Rows sent back to their tokens and summed, with the routing weights if given any: [N, D]."""
         ...
 
 
@@ -81,19 +85,33 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, D]: the outputs of the K chosen experts, weighted by `weight_NK` and summed."""
-        if self.dispatcher is None:
-            order = sort_by_expert(expert_index_NK, self.num_experts)
-            return combine_rows(self._multiply(rows_by_expert(x_ND, order), order.counts_E), weight_NK, order)
-        rows_MD, counts, state = self.dispatcher.dispatch(x_ND, expert_index_NK)
-        rows_MD = self._multiply(rows_MD, counts, self.dispatcher.gradient_scale)
-        return self.dispatcher.combine(rows_MD, weight_NK, state)
+        kernel = self._kernel(x_ND)
+        if kernel == "fused":
+            return self._fused(x_ND, expert_index_NK, weight_NK)
+        if self.dispatcher is not None:
+            return self._dispatched(self.dispatcher, x_ND, expert_index_NK, weight_NK, kernel)
+        order = sort_by_expert(expert_index_NK, self.num_experts)
+        rows_MD = self._multiply(rows_by_expert(x_ND, order), order.counts_E, kernel)
+        return combine_rows(rows_MD, weight_NK, order)
 
-    def _multiply(self, rows_MD: torch.Tensor, counts: torch.Tensor, gradient_scale: float = 1.0) -> torch.Tensor:
-        gate_up, down, gate_up_bias, down_bias = (
-            None if parameter is None else _local(parameter, gradient_scale)
-            for parameter in (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
-        )
-        kernel = resolve_experts(self.backend, rows_MD.device, rows_MD.dtype, rows_MD.shape[-1], down.shape[-1]).kernel
+    @torch.compiler.disable
+    def _dispatched(
+        self,
+        dispatcher: Dispatcher,
+        x_ND: torch.Tensor,
+        expert_index_NK: torch.Tensor,
+        weight_NK: torch.Tensor,
+        kernel: ExpertsKernel,
+    ) -> torch.Tensor:
+        rows_MD, _, counts, state = dispatcher.dispatch(x_ND, expert_index_NK)
+        return dispatcher.combine(self._multiply(rows_MD, counts, kernel), weight_NK, state)
+
+    def _kernel(self, x: torch.Tensor) -> ExpertsKernel:
+        _, hidden, width = self.down_proj.shape
+        return resolve_experts(self.backend, x.device, x.dtype, hidden, width, self.activation).kernel
+
+    def _multiply(self, rows_MD: torch.Tensor, counts: torch.Tensor, kernel: ExpertsKernel) -> torch.Tensor:
+        gate_up, down, gate_up_bias, down_bias = self._parameters_here()
         return expert_mlp(
             rows_MD,
             counts,
@@ -104,6 +122,32 @@ class Experts(nn.Module):
             gate_up_bias_E2F=gate_up_bias,
             down_bias_ED=down_bias,
         )
+
+    @torch.compiler.disable
+    def _fused(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        from automodel.kernels.fused_experts import fused_experts
+        from automodel.kernels.triton_rows import activation_form
+
+        gate_up, down, gate_up_bias, down_bias = self._parameters_here()
+        run = partial(
+            fused_experts,
+            gate_up_E2FD=gate_up,
+            down_EDF=down,
+            form=activation_form(self.activation),
+            gate_up_bias_E2F=gate_up_bias,
+            down_bias_ED=down_bias,
+        )
+        if self.dispatcher is None:
+            order = sort_by_expert(expert_index_NK, self.num_experts)
+            return run(x_ND, weight_NK, order.counts_E, order=order)
+        rows_MD, weight_M, counts, state = self.dispatcher.dispatch(x_ND, expert_index_NK, weight_NK)
+        return self.dispatcher.combine(run(rows_MD, weight_M, counts), None, state)
+
+    def _parameters_here(self) -> list[torch.Tensor | None]:
+        """This process's part of the two projections and their biases."""
+        scale = 1.0 if self.dispatcher is None else self.dispatcher.gradient_scale
+        parameters = (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+        return [None if parameter is None else _local(parameter, scale) for parameter in parameters]
 
     def extra_repr(self) -> str:
         _, hidden, width = self.down_proj.shape

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from automodel.models.causal_lm import NativeCausalLM
 from automodel.parallel.grad_norm import clip_grad_norm_
 from automodel.parallel.mesh import ParallelMesh
 from automodel.training.data import Batch
@@ -90,6 +91,8 @@ def batch_loss(model: nn.Module, batch: Batch, tokens: torch.Tensor, micro_batch
     if not _takes_loss_arguments(model):
         logits = model(**inputs).logits
         return ForCausalLMLoss(logits, batch.labels, logits.shape[-1], num_items_in_batch=tokens)
+    if isinstance(model, NativeCausalLM):
+        inputs["skip_logits"] = True
     output = model(**inputs, labels=batch.labels, num_items_in_batch=tokens)
     loss: torch.Tensor = output.loss
     auxiliary = getattr(output, "aux_loss", None)

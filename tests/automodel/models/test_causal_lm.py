@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from automodel.models import NATIVE_MODELS, NeMoLlamaForCausalLM, NeMoQwen3MoeForCausalLM
+from automodel.models import NATIVE_MODELS, NeMoLlamaForCausalLM, NeMoQwen3MoeForCausalLM, decoder
+from automodel.models.decoder import DecoderLayer
 from ckpt_tools.core.errors import UsageError
 from tests.automodel.helpers import CONFIGS, every_config, pair, relative, tokens
 
@@ -120,7 +121,7 @@ def test_routing_weights_have_the_dtype_that_transformers_5_gives_the_family(nam
 def test_the_backend_report_covers_every_kind_of_layer() -> None:
     model = NeMoQwen3MoeForCausalLM(CONFIGS["qwen3_moe"]())
     report = model.backend_report()
-    assert [row.layer for row in report.rows] == ["attention", "experts", "norm", "linear"]
+    assert [row.layer for row in report.rows] == ["attention", "experts", "norm", "linear", "layers", "loss"]
     assert {row.layer: row.count for row in report.rows}["experts"] == 2
     assert "grouped_mm" in str(report)
     gpt_oss = NATIVE_MODELS["gpt_oss"](CONFIGS["gpt_oss"]()).backend_report()
@@ -129,6 +130,37 @@ def test_the_backend_report_covers_every_kind_of_layer() -> None:
         ("experts", 3, "grouped_mm"),
         ("norm", 7, "torch"),
         ("linear", 7, "torch"),
+        ("layers", 3, "eager"),
+        ("loss", 1, "torch"),
     ]
     slow = NeMoQwen3MoeForCausalLM(CONFIGS["qwen3_moe"](), backend="torch").backend_report()
     assert {row.layer: (row.kernel, row.reason) for row in slow.rows}["experts"] == ("torch", "asked for")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama"])
+def test_compiled_layers_and_the_fused_loss_give_the_same_loss_and_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.compile(DecoderLayer._run, backend="aot_eager")
+    monkeypatch.setattr(decoder, "_compiled_layer", lambda: compiled)
+    reference, fast = (
+        NATIVE_MODELS[name](CONFIGS[name](), backend=backend).train()
+        for backend in ("torch", {"layers": "compiled", "loss": "fused", "sdpa": "cudnn"})
+    )
+    fast.load_state_dict(reference.state_dict())
+    ids = tokens(2, 8)
+    expected, actual = reference(ids, labels=ids), fast(ids, labels=ids, skip_logits=True)
+    assert actual.logits is None
+    assert relative(actual.loss, expected.loss) < 1e-5
+    expected.loss.backward()
+    actual.loss.backward()
+    for mine, theirs in zip(fast.parameters(), reference.parameters(), strict=True):
+        assert relative(mine.grad, theirs.grad) < 1e-4
+
+
+def test_logits_are_left_out_only_where_they_are_not_wanted() -> None:
+    model = NATIVE_MODELS["llama"](CONFIGS["llama"](), backend={"loss": "fused"})
+    ids = tokens(1, 4)
+    assert model(ids, labels=ids).logits is not None
+    assert model(ids, skip_logits=True).logits is not None
+    assert model(ids, labels=ids, skip_logits=True).logits is None

@@ -38,18 +38,23 @@ def reference(num_experts: int, busy: int) -> tuple[Tensor, ...]:
     return out.detach(), *(leaf.grad for leaf in leaves)
 
 
-def exchanged(num_experts: int, busy: int) -> tuple[Tensor, ...]:
+def exchanged(num_experts: int, busy: int, weights_travel: bool) -> tuple[Tensor, ...]:
     rank = dist.get_rank()
     x, index, weight, gate_up, down = problem(num_experts, busy)
     dispatcher = AllToAllDispatcher(dist.group.WORLD, num_experts)
     start = rank * dispatcher.chunk
     mine = slice(start, start + dispatcher.num_local_experts)
     leaves = [t.clone().requires_grad_() for t in (x[rank], weight[rank], gate_up[mine], down[mine])]
-    rows, counts, state = dispatcher.dispatch(leaves[0], index[rank])
+    sent_weight = leaves[1] if weights_travel else None
+    rows, row_weight, counts, state = dispatcher.dispatch(leaves[0], index[rank], sent_weight)
     assert len(counts) == dispatcher.num_local_experts
     assert counts.sum() == len(rows)
     kernel = "torch" if dispatcher.num_local_experts else "grouped_mm"
-    out = dispatcher.combine(expert_mlp(rows, counts, leaves[2], leaves[3], kernel), leaves[1], state)
+    rows = expert_mlp(rows, counts, leaves[2], leaves[3], kernel)
+    if weights_travel:
+        out = dispatcher.combine(rows * row_weight.unsqueeze(1), None, state)
+    else:
+        out = dispatcher.combine(rows, leaves[1], state)
     (out**2).sum().backward()
     return out.detach(), *(leaf.grad for leaf in leaves)
 
@@ -59,9 +64,10 @@ def exchanged(num_experts: int, busy: int) -> tuple[Tensor, ...]:
     [(8, 8), (6, 6), (5, 5), (3, 3), (8, 2)],
     ids=["8 over 4", "6 over 4", "5 over 4", "3 over 4", "most experts idle"],
 )
-def test_values_and_gradients_are_those_of_one_process(num_experts, busy):
+@pytest.mark.parametrize("weights_travel", [False, True], ids=["weighted at home", "weights travel"])
+def test_values_and_gradients_are_those_of_one_process(num_experts, busy, weights_travel):
     out, x_grad, weight_grad, gate_up_grad, down_grad = reference(num_experts, busy)
-    ranks = run_ranks(4, exchanged, num_experts, busy)
+    ranks = run_ranks(4, exchanged, num_experts, busy, weights_travel)
     close = {"rtol": 1e-9, "atol": 1e-9}
     for rank, result in enumerate(ranks):
         torch.testing.assert_close(result[0], out[rank], **close)
@@ -91,7 +97,7 @@ def test_bfloat16_rows_travel_unchanged():
         x = torch.randn(6, HIDDEN).to(torch.bfloat16)
         index = torch.arange(6).remainder(4).unsqueeze(1)
         dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
-        rows, _, state = dispatcher.dispatch(x, index)
+        rows, _, _, state = dispatcher.dispatch(x, index)
         return torch.equal(dispatcher.combine(rows, torch.ones(6, 1, dtype=torch.bfloat16), state), x)
 
     assert all(run_ranks(2, same))

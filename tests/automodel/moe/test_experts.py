@@ -22,10 +22,13 @@ class LoopbackDispatcher:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def dispatch(self, x_ND: torch.Tensor, index_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, object]:
+    def dispatch(
+        self, x_ND: torch.Tensor, index_NK: torch.Tensor, weight_NK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, object]:
         self.calls.append("dispatch")
         order = sort_by_expert(index_NK, EXPERTS)
-        return rows_by_expert(x_ND, order), order.counts_E, order
+        weight_M = None if weight_NK is None else weight_NK.flatten()[order.order_M]
+        return rows_by_expert(x_ND, order), weight_M, order.counts_E, order
 
     def combine(self, rows_MD: torch.Tensor, weight_NK: torch.Tensor, state: object) -> torch.Tensor:
         self.calls.append("combine")

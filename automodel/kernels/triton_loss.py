@@ -1,0 +1,52 @@
+"""The Triton kernel of the loss: softmax cross-entropy of each row of logits, and its gradient over them in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softmax_gradient(logits, labels, losses, divisor, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    own = logits + row * V
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        # Of lanes past the end only -inf was seen; 0 stands in for it, so that no difference is NaN.
+        larger = tl.maximum(largest, value)
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - base) + tl.exp(value - base)
+        largest = larger
+    top = tl.max(largest, axis=0)
+    normalizer = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    counts = label != ignored
+    chosen = tl.load(own + label, mask=counts, other=0.0).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, normalizer - chosen, 0.0))
+    scale = tl.where(counts, 1.0 / tl.load(divisor), 0.0)
+    for start in tl.range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        gradient = (tl.exp(value - normalizer) - tl.where(column == label, 1.0, 0.0)) * scale
+        tl.store(own + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+
+
+def softmax_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, divisor: torch.Tensor, ignore_index: int
+) -> None:
+    """Write each row's cross-entropy, and over the logits the gradient of the sum of losses over `divisor`.
+
+    Args:
+        logits: [C, V], contiguous; overwritten.
+        labels: int64 [C]; rows with `ignore_index` have loss and gradient 0.
+        losses: FP32 [C], written.
+        divisor: FP32, 0-d.
+    """
+    rows, vocabulary = logits.shape
+    if rows:
+        block = min(4096, triton.next_power_of_2(vocabulary))
+        _softmax_gradient[(rows,)](logits, labels, losses, divisor, ignore_index, vocabulary, block, num_warps=8)

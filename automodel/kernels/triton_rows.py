@@ -1,0 +1,247 @@
+"""Triton kernels over the rows of expert layers: activation, sums over a token's rows, sums over an expert's rows.
+
+Imported only where Triton is installed. Every kernel is one pass over its inputs in their own dtype, computes in FP32,
+and takes its sizes from the host and its row counts from the device, so that nothing waits.
+
+Legend: M rows sorted by expert, N tokens, K experts a token, C columns, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from automodel.kernels.activations import ClampedSwiGLU, GatedActivation, is_swiglu
+
+_SWIGLU, _CLAMPED = tl.constexpr(0), tl.constexpr(1)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationForm:
+    """An activation as the kernels take it: its number, and the two numbers of GPT-OSS's."""
+
+    kind: int
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def activation_form(activation: GatedActivation) -> ActivationForm | None:
+    """The form of an activation, None where the kernels have none."""
+    if is_swiglu(activation):
+        return ActivationForm(0)
+    if isinstance(activation, ClampedSwiGLU):
+        return ActivationForm(1, activation.alpha, activation.limit)
+    return None
+
+
+@triton.jit
+def _value_and_slopes(gate, up, alpha, limit, KIND: tl.constexpr):
+    """The activation, and its derivatives by `gate` and by `up`."""
+    if KIND == _SWIGLU:
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        return silu * up, up * (share + silu * (1 - share)), silu
+    clamped_gate = tl.minimum(gate, limit)
+    clamped_up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+    share = tl.sigmoid(alpha * clamped_gate)
+    glu = clamped_gate * share
+    by_gate = tl.where(gate <= limit, clamped_up * share * (1 + alpha * clamped_gate * (1 - share)), 0.0)
+    by_up = tl.where(tl.abs(up) <= limit, glu, 0.0)
+    return clamped_up * glu, by_gate, by_up
+
+
+@triton.jit
+def _gate_and_up(h, bias, expert, row, column, inside, F: tl.constexpr, HAS_BIAS: tl.constexpr):
+    gate = tl.load(h + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        own = bias + tl.load(expert + row).to(tl.int64) * 2 * F
+        gate += tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(own + F + column, mask=inside, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _activate(
+    h, bias, expert, weight, out, alpha, limit,
+    F: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, HAS_BIAS)
+    value, _, _ = _value_and_slopes(gate, up, alpha, limit, KIND)
+    tl.store(out + row * F + column, (value * tl.load(weight + row)).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate_backward(
+    h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit,
+    F: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, HAS_BIAS)
+    value, by_gate, by_up = _value_and_slopes(gate, up, alpha, limit, KIND)
+    grad_value = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    share = tl.load(weight + row)
+    tl.store(grad_weight + row, tl.sum(grad_value * value))
+    tl.store(out + row * F + column, (value * share).to(out.dtype.element_ty), mask=inside)
+    grad_value *= share
+    to = grad_h + row * 2 * F + column
+    tl.store(to, (grad_value * by_gate).to(grad_h.dtype.element_ty), mask=inside)
+    tl.store(to + F, (grad_value * by_up).to(grad_h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_rows(
+    rows, index, weight, bias, expert, out,
+    C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(index + token * K + k).to(tl.int64)
+        total += tl.load(rows + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            own = bias + tl.load(expert + row).to(tl.int64) * C
+            total += tl.load(weight + row) * tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * C + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dot_with_bias(rows, bias, expert, out, C: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    own = bias + tl.load(expert + row).to(tl.int64) * C
+    product = tl.load(rows + row * C + column, mask=inside, other=0.0).to(tl.float32)
+    product *= tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.load(out + row) + tl.sum(product))
+
+
+@triton.jit
+def _sum_by_expert(
+    rows, weight, ends, out, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
+):
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < C
+    end = tl.load(ends + expert).to(tl.int64)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = start
+    while first < end:
+        row = first + tl.arange(0, ROWS)
+        valid = row < end
+        value = tl.load(rows + row[:, None] * C + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0).to(
+            tl.float32
+        )
+        if HAS_WEIGHT:
+            value *= tl.load(weight + row, mask=valid, other=0.0)[:, None]
+        total += tl.sum(value, axis=0)
+        first += ROWS
+    tl.store(out + expert.to(tl.int64) * C + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def activate(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    form: ActivationForm,
+    bias: torch.Tensor | None = None,
+    expert: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(gate + bias, up + bias) * weight.
+
+    Args:
+        h: [M, 2F], gate then up, before the bias.
+        weight: FP32 [M].
+        bias: [E, 2F], with `expert`, int [M], the expert of each row.
+
+    Returns:
+        [M, F] in the dtype of `h`.
+    """
+    rows, width = h.shape[0], h.shape[1] // 2
+    out = h.new_empty(rows, width)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _activate[(rows,)](
+            h, bias, expert, weight, out, form.alpha, form.limit,
+            width, block, form.kind, bias is not None, num_warps=_warps(block),
+        )  # fmt: skip
+    return out
+
+
+def activate_backward(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    form: ActivationForm,
+    bias: torch.Tensor | None = None,
+    expert: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of `h` [M, 2F], the output of `activate` once more [M, F], and the gradient of `weight` [M]."""
+    grad_h, out, grad_weight = torch.empty_like(h), torch.empty_like(grad), torch.empty_like(weight)
+    rows, width = grad.shape
+    if rows:
+        block = triton.next_power_of_2(width)
+        _activate_backward[(rows,)](
+            h, bias, expert, weight, grad, grad_h, out, grad_weight, form.alpha, form.limit,
+            width, block, form.kind, bias is not None, num_warps=_warps(block),
+        )  # fmt: skip
+    return grad_h, out, grad_weight
+
+
+def sum_rows(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    top_k: int,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    expert: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """For each token the sum of its rows: out[n] = sum over k of rows[index[n * K + k]], in FP32, [N, C].
+
+    Args:
+        rows: [M, C].
+        index: int [N * K].
+        bias: [E, C]; each row also counts `weight` (FP32 [M]) times the bias of its `expert` (int [M]).
+    """
+    tokens, columns = index.numel() // top_k, rows.shape[1]
+    out = rows.new_empty(tokens, columns)
+    if tokens:
+        block = triton.next_power_of_2(columns)
+        _sum_rows[(tokens,)](
+            rows, index, weight, bias, expert, out, columns, top_k, block, bias is not None, num_warps=_warps(block)
+        )
+    return out
+
+
+def add_dot_with_bias(out: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, expert: torch.Tensor) -> None:
+    """out[m] += the dot product of rows[m] and the bias of its expert; FP32 [M]."""
+    if len(rows):
+        block = triton.next_power_of_2(rows.shape[1])
+        _dot_with_bias[(len(rows),)](rows, bias, expert, out, rows.shape[1], block, num_warps=_warps(block))
+
+
+def sum_by_expert(rows: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """[E, C]: the sum of each expert's rows, each times its `weight` (FP32 [M]) where one is given, in FP32."""
+    columns = rows.shape[1]
+    out = rows.new_empty(len(ends), columns)
+    block = min(128, triton.next_power_of_2(columns))
+    if len(ends):
+        grid = (len(ends), triton.cdiv(columns, block))
+        _sum_by_expert[grid](rows, weight, ends, out, columns, 32, block, weight is not None, num_warps=4)
+    return out
+
+
+def _warps(block: int) -> int:
+    """16 bytes of BF16 a thread, between 1 and 16 warps."""
+    return max(1, min(16, block // 256))

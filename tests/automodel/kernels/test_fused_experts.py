@@ -1,0 +1,106 @@
+"""The fused experts against the reference loop in float64: outputs and every gradient.
+
+On a machine without a GPU Triton's interpreter runs the kernels, in FP32, where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+on_gpu = torch.cuda.is_available()
+if not on_gpu:
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedActivation  # noqa: E402
+from automodel.kernels.experts import expert_mlp  # noqa: E402
+from automodel.kernels.fused_experts import fused_experts  # noqa: E402
+from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert  # noqa: E402
+from automodel.kernels.triton_rows import activation_form, sum_rows  # noqa: E402
+
+DEVICE = "cuda" if on_gpu else "cpu"
+DTYPE = torch.bfloat16 if on_gpu else torch.float32
+TOLERANCE = 2e-2 if on_gpu else 1e-5
+TOKENS, HIDDEN, EXPERTS, TOP_K = 37, 48, 5, 2
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def inputs(width: int, *, biases: bool) -> list[torch.Tensor]:
+    """Tokens, routing weights, gate and up, down, and the two biases or None."""
+    torch.manual_seed(0)
+    shapes = [(TOKENS, HIDDEN), (TOKENS, TOP_K), (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width)]
+    shapes += [(EXPERTS, 2 * width), (EXPERTS, HIDDEN)] if biases else []
+    return [torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "activation", [SWIGLU, Gated(torch.nn.SiLU()), ClampedSwiGLU(1.702, 0.7)], ids=["SwiGLU", "SiLU module", "clamped"]
+)
+@pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("sorted_rows", [False, True], ids=["tokens", "sorted rows"])
+def test_values_and_all_gradients_are_the_references(
+    activation: GatedActivation, biases: bool, width: int, sorted_rows: bool
+) -> None:
+    given = inputs(width, biases=biases)
+    exact_in = [tensor.detach().double().requires_grad_() for tensor in given]
+    # One expert gets nothing.
+    index_NK = torch.rand(TOKENS, EXPERTS - 1, device=DEVICE).topk(TOP_K).indices + 1
+    order = sort_by_expert(index_NK, EXPERTS)
+
+    x, weight, gate_up, down, gate_up_bias, down_bias = (*given, None, None)[:6]
+    run = {"gate_up_bias_E2F": gate_up_bias, "down_bias_ED": down_bias}
+    form = activation_form(activation)
+    assert form is not None
+    if sorted_rows:
+        rows = rows_by_expert(x, order)
+        weight_M = weight.flatten()[order.order_M]
+        rows = fused_experts(rows, weight_M, order.counts_E, gate_up, down, form, **run)
+        actual = rows[order.inverse_M].view(TOKENS, TOP_K, HIDDEN).sum(1)
+    else:
+        actual = fused_experts(x, weight, order.counts_E, gate_up, down, form, order=order, **run)
+
+    x, weight, gate_up, down, gate_up_bias, down_bias = (*exact_in, None, None)[:6]
+    run = {"gate_up_bias_E2F": gate_up_bias, "down_bias_ED": down_bias}
+    rows = expert_mlp(rows_by_expert(x, order), order.counts_E, gate_up, down, "torch", activation, **run)
+    exact = combine_rows(rows, weight, order)
+
+    assert relative_error(actual, exact) < TOLERANCE
+    towards = torch.randn_like(exact)
+    (actual * towards.to(DTYPE)).sum().backward()
+    (exact * towards).sum().backward()
+    for tensor, reference in zip(given, exact_in, strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == DTYPE
+        assert relative_error(tensor.grad, reference.grad) < TOLERANCE, tensor.shape
+
+
+def test_no_rows_at_all_leave_zero_gradients() -> None:
+    _, _, gate_up, down = inputs(16, biases=False)
+    form, counts = activation_form(SWIGLU), torch.zeros(EXPERTS, dtype=torch.int32, device=DEVICE)
+    assert form is not None
+    nothing = torch.zeros(0, HIDDEN, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    out = fused_experts(nothing, torch.zeros(0, device=DEVICE), counts, gate_up, down, form)
+    out.sum().backward()
+    assert nothing.grad is not None
+    assert gate_up.grad is not None
+    assert not gate_up.grad.any()
+    assert not down.grad.any()
+
+
+def test_other_activations_have_no_fused_form() -> None:
+    assert activation_form(Gated(torch.nn.functional.gelu)) is None
+
+
+def test_sums_over_a_token_are_wider_than_its_dtype() -> None:
+    # 256 + 8 x 1 in BF16 would stay 256.
+    rows = torch.ones(9, 16, device=DEVICE, dtype=torch.bfloat16)
+    rows[0] = 256
+    total = sum_rows(rows, torch.arange(9, device=DEVICE), 9)
+    assert (total == 264).all()
