@@ -238,6 +238,7 @@ def _build(arguments: argparse.Namespace, weights: Path) -> tuple[Any, Callable[
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = ids.to(device, non_blocking=True)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -252,9 +253,10 @@ def _build_ours(arguments: argparse.Namespace, weights: Path, device: Any) -> tu
     import torch
 
     from automodel import MeshConfig, NeMoAutoModelForCausalLM
-    from automodel.parallel.grad_norm import clip_grad_norm_
     from automodel.parallel.mesh import ParallelMesh
+    from automodel.training.data import Batch
     from automodel.training.optimizer import OptimizerConfig, build_optimizer
+    from automodel.training.step import train_step
 
     mesh = None
     where: dict[str, Any] = {"device": device}
@@ -266,13 +268,10 @@ def _build_ours(arguments: argparse.Namespace, weights: Path, device: Any) -> tu
     )
     optimizer = build_optimizer(model, OptimizerConfig())
 
-    def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
-        loss.backward()
-        norm = clip_grad_norm_(model, 1.0, mesh)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
+    def step(ids: torch.Tensor) -> tuple[float, float]:
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        result = train_step(model, optimizer, [Batch(ids, positions, ids).to(device)], mesh, max_grad_norm=1.0)
+        return result.loss, result.grad_norm
 
     return model, step
 
@@ -288,7 +287,7 @@ def _time(arguments: argparse.Namespace, model: Any, step: Callable[..., Any], s
     def batch() -> torch.Tensor:
         # Few distinct tokens, unevenly: something to learn, and a router whose load is not even.
         ids = torch.empty(size, arguments.sequence).exponential_(3.0, generator=generator).mul(200).long()
-        return ids.clamp(max=vocabulary - 1).to(next(model.parameters()).device)
+        return ids.clamp(max=vocabulary - 1)
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()

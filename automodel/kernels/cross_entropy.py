@@ -91,7 +91,7 @@ def _accumulated(total: torch.Tensor | None, logits_CV: torch.Tensor, hidden_CD:
     if logits_CV.is_cuda and logits_CV.dtype != torch.float32:
         if total is None:
             return torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
-        return torch.addmm(total, logits_CV.t(), hidden_CD, out_dtype=torch.float32)
+        return torch.addmm(total, logits_CV.t(), hidden_CD, out_dtype=torch.float32, out=total)
     product = (logits_CV.t() @ hidden_CD).float()
     return product if total is None else total.add_(product)
 

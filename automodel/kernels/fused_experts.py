@@ -53,7 +53,7 @@ def fused_experts(
     """
     ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
     out: torch.Tensor = _FusedExperts.apply(
-        x, weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, _Plan(order, form)
+        x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, _Plan(order, form)
     )
     return out
 
@@ -112,7 +112,7 @@ class _FusedExperts(torch.autograd.Function):
 
 
 def _rows(x: torch.Tensor, order: ExpertOrder | None) -> torch.Tensor:
-    return x if order is None else x.index_select(0, order.token_M)
+    return x if order is None else triton_rows.gather_rows(x, order.token_M)
 
 
 def _sum(

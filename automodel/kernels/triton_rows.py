@@ -98,6 +98,15 @@ def _activate_backward(
 
 
 @triton.jit
+def _gather_rows(rows, index, out, C: tl.constexpr, BLOCK: tl.constexpr):
+    to = tl.program_id(0).to(tl.int64)
+    row = tl.load(index + to).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    tl.store(out + to * C + column, tl.load(rows + row * C + column, mask=inside), mask=inside)
+
+
+@triton.jit
 def _sum_rows(
     rows, index, weight, bias, expert, out,
     C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -196,6 +205,16 @@ def activate_backward(
             width, block, form.kind, bias is not None, num_warps=_warps(block),
         )  # fmt: skip
     return grad_h, out, grad_weight
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows[index], [len(index), C]: `index_select` at twice its speed."""
+    columns = rows.shape[1]
+    out = rows.new_empty(len(index), columns)
+    if len(index):
+        block = triton.next_power_of_2(columns)
+        _gather_rows[(len(index),)](rows, index, out, columns, block, num_warps=_warps(block))
+    return out
 
 
 def sum_rows(

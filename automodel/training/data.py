@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -50,14 +50,21 @@ class Batch:
     position_ids: torch.Tensor
     labels: torch.Tensor
 
-    @property
+    @cached_property
     def target_tokens(self) -> int:
         """Predictions that count in the loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether a row holds anything but one document from its start."""
+        return bool((self.position_ids != torch.arange(self.position_ids.shape[1])).any())
+
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.labels))
-        return Batch(*moved)
+        """The batch on a device; what was counted on the host stays there."""
+        moved = Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.labels)))
+        moved.__dict__.update(target_tokens=self.target_tokens, is_packed=self.is_packed)
+        return moved
 
 
 class PackedData:

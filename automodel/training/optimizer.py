@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from automodel.kernels.experts import has_triton
+from automodel.training.fused_adamw import FusedAdamW, can_fuse
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
-    device = next(model.parameters()).device
-    return torch.optim.AdamW(
+    fused = has_triton() and can_fuse([parameter for parameters in groups.values() for parameter in parameters])
+    made = FusedAdamW if fused else partial(torch.optim.AdamW, foreach=True)
+    return made(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
             for (_, decays), parameters in groups.items()
@@ -46,6 +51,4 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        # One kernel over all tensors where there is one for it, a few over lists of them elsewhere.
-        **({"fused": True} if device.type == "cuda" else {"foreach": True}),
     )

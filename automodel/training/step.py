@@ -18,9 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from automodel.models.causal_lm import NativeCausalLM
-from automodel.parallel.grad_norm import clip_grad_norm_
+from automodel.parallel.grad_norm import clip_factor, global_grad_norm, scale_gradients_
 from automodel.parallel.mesh import ParallelMesh
 from automodel.training.data import Batch
+from automodel.training.fused_adamw import FusedAdamW
 from ckpt_tools.core.errors import CkptError
 
 
@@ -64,8 +65,6 @@ def train_step(
     device = batches[0].input_ids.device
     processes = mesh.world_size if mesh is not None else 1
     tokens = _sum_over(mesh, torch.tensor(sum(batch.target_tokens for batch in batches), device=device))
-    if not tokens:
-        raise CkptError("no token of the global batch counts in the loss", hint="check data.loss_on and the data")
     share = (tokens / processes).float()
     total = torch.zeros((), device=device, dtype=torch.float64)
     for number, batch in enumerate(batches):
@@ -73,21 +72,37 @@ def train_step(
         loss = batch_loss(model, batch, share, len(batches))
         loss.backward()
         total += loss.detach()
-    norm = clip_grad_norm_(model, math.inf if max_grad_norm is None else max_grad_norm, mesh)
-    result = StepResult(float(_sum_over(mesh, total)) / processes, float(norm), int(tokens))
-    if not math.isfinite(result.grad_norm):
-        raise CkptError(
-            f"the gradient norm is {result.grad_norm} and the loss {result.loss}; the model was not updated",
-            hint="lower optimizer.lr or warm up longer, and resume from the last checkpoint",
-        )
+    norm = global_grad_norm(model, mesh)
+    # The only wait for the device in a step.
+    measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double()]).tolist()
+    result = StepResult(measured[0], measured[1], int(measured[2]))
+    _check(result)
+    if max_grad_norm is not None and result.grad_norm > max_grad_norm:
+        factor = clip_factor(norm, max_grad_norm)
+        if isinstance(optimizer, FusedAdamW):
+            optimizer.gradient_factor = factor
+        else:
+            scale_gradients_(model, factor)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result
 
 
+def _check(result: StepResult) -> None:
+    if not result.tokens:
+        raise CkptError("no token of the global batch counts in the loss", hint="check data.loss_on and the data")
+    if not math.isfinite(result.grad_norm):
+        raise CkptError(
+            f"the gradient norm is {result.grad_norm} and the loss {result.loss}; the model was not updated",
+            hint="lower optimizer.lr or warm up longer, and resume from the last checkpoint",
+        )
+
+
 def batch_loss(model: nn.Module, batch: Batch, tokens: torch.Tensor, micro_batches: int) -> torch.Tensor:
     """Sum of the micro-batch's token losses divided by `tokens`, plus its share of the router's auxiliary loss."""
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.is_packed:
+        inputs["position_ids"] = batch.position_ids
     if not _takes_loss_arguments(model):
         logits = model(**inputs).logits
         return ForCausalLMLoss(logits, batch.labels, logits.shape[-1], num_items_in_batch=tokens)

@@ -28,7 +28,7 @@ TOKENS, HIDDEN, EXPERTS, TOP_K = 37, 48, 5, 2
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    return float(((actual.double() - exact).norm() / exact.norm()).detach())
 
 
 def inputs(width: int, *, biases: bool) -> list[torch.Tensor]:
