@@ -112,7 +112,7 @@ class _FusedExperts(torch.autograd.Function):
 
 
 def _rows(x: torch.Tensor, order: ExpertOrder | None) -> torch.Tensor:
-    return x if order is None else triton_rows.gather_rows(x, order.token_M)
+    return x if order is None else triton_rows.spread_rows(x, order.inverse_M, order.top_k)
 
 
 def _sum(

@@ -6,6 +6,7 @@ Legend: N tokens, K experts per token, D hidden, E experts, M = N*K rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -60,7 +61,7 @@ class _Scatter(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_M)
         ctx.top_k = top_k
-        return x_ND.index_select(0, token_M)
+        return _spread(x_ND, token_M, inverse_M, top_k)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -75,13 +76,14 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, rows_MD: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int
     ) -> torch.Tensor:
-        ctx.save_for_backward(token_M)
+        ctx.save_for_backward(token_M, inverse_M)
+        ctx.top_k = top_k
         return _token_sums(rows_MD, inverse_M, top_k)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (token_M,) = ctx.saved_tensors
-        return grad_ND.index_select(0, token_M), None, None, None
+        token_M, inverse_M = ctx.saved_tensors
+        return _spread(grad_ND, token_M, inverse_M, ctx.top_k), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -92,12 +94,12 @@ class _Permute(torch.autograd.Function):
         ctx: FunctionCtx, rows_MD: torch.Tensor, index_M: torch.Tensor, inverse_M: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_M)
-        return rows_MD.index_select(0, index_M)
+        return _gather(rows_MD, index_M)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inverse_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, inverse_M), None, None
+        return _gather(grad_MD, inverse_M), None, None
 
 
 def rows_by_expert(x_ND: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
@@ -122,8 +124,27 @@ def combine_rows(rows_MD: torch.Tensor, weight_NK: torch.Tensor, order: ExpertOr
 
 
 def _token_sums(rows_MD: torch.Tensor, inverse_M: torch.Tensor, top_k: int) -> torch.Tensor:
-    if rows_MD.is_cuda and has_triton():
-        from automodel.kernels.triton_rows import sum_rows
-
-        return sum_rows(rows_MD, inverse_M, top_k)
+    if kernels := _triton(rows_MD):
+        return kernels.sum_rows(rows_MD, inverse_M, top_k)
     return rows_MD.index_select(0, inverse_M).view(-1, top_k, rows_MD.shape[-1]).sum(1)
+
+
+def _spread(x_ND: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int) -> torch.Tensor:
+    if kernels := _triton(x_ND):
+        return kernels.spread_rows(x_ND.contiguous(), inverse_M, top_k)
+    return x_ND.index_select(0, token_M)
+
+
+def _gather(rows_MD: torch.Tensor, index_M: torch.Tensor) -> torch.Tensor:
+    if kernels := _triton(rows_MD):
+        return kernels.gather_rows(rows_MD.contiguous(), index_M)
+    return rows_MD.index_select(0, index_M)
+
+
+def _triton(x: torch.Tensor) -> ModuleType | None:
+    """The kernels of `triton_rows` where they can run."""
+    if not x.is_cuda or not has_triton():
+        return None
+    from automodel.kernels import triton_rows
+
+    return triton_rows

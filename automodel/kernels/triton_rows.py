@@ -98,12 +98,25 @@ def _activate_backward(
 
 
 @triton.jit
-def _gather_rows(rows, index, out, C: tl.constexpr, BLOCK: tl.constexpr):
-    to = tl.program_id(0).to(tl.int64)
-    row = tl.load(index + to).to(tl.int64)
+def _gather_rows(rows, index, out, count, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Several rows at once: the loads of one row wait for its index alone.
+    to = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(index + to, mask=to < count, other=0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (to < count)[:, None] & (column < C)[None, :]
+    value = tl.load(rows + row[:, None] * C + column[None, :], mask=inside)
+    tl.store(out + to[:, None] * C + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def _spread_rows(x, index, out, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < C
-    tl.store(out + to * C + column, tl.load(rows + row * C + column, mask=inside), mask=inside)
+    value = tl.load(x + token * C + column, mask=inside)
+    for k in tl.static_range(K):
+        row = tl.load(index + token * K + k).to(tl.int64)
+        tl.store(out + row * C + column, value, mask=inside)
 
 
 @triton.jit
@@ -208,12 +221,29 @@ def activate_backward(
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows[index], [len(index), C]: `index_select` at twice its speed."""
-    columns = rows.shape[1]
-    out = rows.new_empty(len(index), columns)
-    if len(index):
+    """rows[index], [len(index), C]; rows are contiguous."""
+    count, columns = len(index), rows.shape[1]
+    out = rows.new_empty(count, columns)
+    if count:
         block = triton.next_power_of_2(columns)
-        _gather_rows[(len(index),)](rows, index, out, columns, block, num_warps=_warps(block))
+        at_once = max(1, min(8, 8192 // block))
+        grid = (triton.cdiv(count, at_once),)
+        _gather_rows[grid](rows, index, out, count, columns, at_once, block, num_warps=8)
+    return out
+
+
+def spread_rows(x: torch.Tensor, index: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Each token's row at the K places that are its own: out[index[n * K + k]] = x[n], [N * K, C].
+
+    Args:
+        x: [N, C], contiguous.
+        index: int [N * K], a permutation.
+    """
+    tokens, columns = x.shape
+    out = x.new_empty(tokens * top_k, columns)
+    if tokens:
+        block = triton.next_power_of_2(columns)
+        _spread_rows[(tokens,)](x, index, out, columns, top_k, block, num_warps=_warps(block))
     return out
 
 

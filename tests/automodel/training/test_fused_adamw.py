@@ -48,7 +48,7 @@ def test_updates_and_state_are_those_of_torch(dtype: torch.dtype, tolerance: flo
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         for key, value in torchs.state[b].items():
-            torch.testing.assert_close(ours.state[a][key], value, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(ours.state[a][key].cpu(), value.cpu(), rtol=tolerance, atol=tolerance)
 
 
 def test_a_state_of_torch_is_taken_up() -> None:
