@@ -71,6 +71,19 @@ TRANSFORMERS = {
 """Implementation -> transformers' experts_implementation, and whether each layer is compiled."""
 
 
+KINDS = {
+    "communication": ("nccl",),
+    "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq"),
+    "experts": ("enable_3x_kernel_for_sm9x", "_activate", "_gather_rows", "_spread_rows", "_sum_rows", "RadixSort"),
+    "loss": ("_softmax_gradient", "SoftMax"),
+    "optimizer and gradient norm": ("_adamw", "multi_tensor_apply"),
+    "dense products": ("nvjet", "gemm", "cublas"),
+    "norms, rope, residuals": ("triton_",),
+}
+"""Kinds of work -> what names of their CUDA kernels contain; the first that fits counts. The head is a dense product."""
+_ANNOTATIONS = ("Optimizer.", "nccl:", "Memset")
+
+
 def flops_per_token(config: dict[str, Any], sequence: int) -> float:
     """Model FLOPs of one token, forward and backward: 6 for each parameter that it meets, and causal attention.
 
@@ -341,14 +354,20 @@ def _profile(step: Callable[..., Any], ids: Any) -> dict[str, Any]:
         step(ids)
         _synchronize()
         elapsed = time.perf_counter() - begun
+    # Annotations such as Optimizer.step cover kernels that are listed themselves.
     kernels = [
-        event for event in recorded.key_averages() if event.self_device_time_total > 0 and not event.cpu_time_total
+        event
+        for event in recorded.key_averages()
+        if event.self_device_time_total > 0 and not event.cpu_time_total and not event.key.startswith(_ANNOTATIONS)
     ]
     kernels.sort(key=lambda event: -event.self_device_time_total)
-    busy = sum(event.self_device_time_total for event in kernels) / 1e3
+    shares = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in kernels:
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
+        shares[kind] += event.self_device_time_total / 1e3
     return {
         "milliseconds_under_profiler": round(elapsed * 1e3, 2),
-        "milliseconds_in_kernels": round(busy, 2),
+        "milliseconds_by_kind": {kind: round(value, 2) for kind, value in shares.items()},
         "top": [[event.key[:90], round(event.self_device_time_total / 1e3, 3), event.count] for event in kernels[:45]],
     }
 
