@@ -265,7 +265,7 @@ def _build(
 
 def count_predict_layers(checkpoint: Checkpoint) -> int:
     """Layers for multi-token prediction that a checkpoint has; its names decide, not its config."""
-    return checkpoint.layout.layers.count("predict")
+    return sum("predict" in kind.split() for kind in checkpoint.layout.layers)
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:

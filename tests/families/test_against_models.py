@@ -30,6 +30,14 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [
     ("deepseek_v3", {"n_shared_experts": 2, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}),
     ("gpt_oss", {"attention_bias": False, "intermediate_size": 32, "num_key_value_heads": 1}),
 ]
+if hasattr(transformers, "NemotronHConfig"):
+    VARIANTS += [
+        ("nemotron_h", {"hybrid_override_pattern": "M-*", "use_bias": True, "mlp_bias": True, "use_conv_bias": False}),
+        ("nemotron_h", {"hybrid_override_pattern": "MEE*", "moe_latent_size": None, "num_key_value_heads": 4}),
+        ("nemotron_h", {"mlp_bias": True, "tie_word_embeddings": True}),
+    ]
+else:
+    VARIANTS.remove(("nemotron_h", {}))
 NATIVE_VARIANTS = [v for v in VARIANTS if set(get_family(v[0]).model_types) & NATIVE_MODELS.keys()]
 
 
