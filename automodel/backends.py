@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from automodel.kernels.experts import ExpertsKernel, grouped_mm_obstacle
+from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -23,6 +24,7 @@ _logger = get_logger(__name__)
 
 ExpertsChoice = Literal["auto", "torch", "grouped_mm"]
 NormChoice = Literal["auto", "torch", "fused"]
+MambaChoice = Literal["auto", "torch", "fused"]
 NormKernel = Literal["torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
@@ -34,11 +36,13 @@ class Backend:
 
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call.
+        mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
     """
 
     experts: ExpertsChoice = "auto"
     norm: NormChoice = "auto"
+    mamba: MambaChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
@@ -53,7 +57,7 @@ class Backend:
             return cls()
         if isinstance(value, str):
             value = {field.name: value for field in fields(cls)} if value == "torch" else {"experts": value}
-        choices = {"experts": get_args(ExpertsChoice), "norm": get_args(NormChoice)}
+        choices = {"experts": get_args(ExpertsChoice), "norm": get_args(NormChoice), "mamba": get_args(MambaChoice)}
         for layer, kernel in value.items():
             if layer not in choices:
                 raise UsageError(
@@ -82,6 +86,13 @@ class ResolvedExperts(Resolved):
     kernel: ExpertsKernel = "torch"
 
 
+@dataclass(frozen=True, slots=True)
+class ResolvedMamba(Resolved):
+    """`Resolved` for Mamba-2 layers."""
+
+    kernel: MambaKernel = "torch"
+
+
 def resolve_experts(
     backend: Backend, device: torch.device, dtype: torch.dtype, hidden: int, width: int
 ) -> ResolvedExperts:
@@ -98,6 +109,24 @@ def resolve_experts(
     if backend.experts == "grouped_mm":
         raise UsageError(f"the experts backend grouped_mm cannot run here: {obstacle}", hint='use backend="auto"')
     return ResolvedExperts("torch", obstacle)
+
+
+def resolve_mamba(
+    backend: Backend, device: torch.device, dtype: torch.dtype, channels: int, width: int
+) -> ResolvedMamba:
+    """The kernels of Mamba-2 layers whose convolution has `channels` and a kernel of `width`.
+
+    Raises:
+        UsageError: `fused` was asked for by name and cannot run.
+    """
+    if backend.mamba == "torch":
+        return ResolvedMamba("torch", "asked for")
+    obstacle = fused_mamba_obstacle(device, dtype, channels, width)
+    if obstacle is None:
+        return ResolvedMamba("fused")
+    if backend.mamba == "fused":
+        raise UsageError(f"the mamba backend fused cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedMamba("torch", obstacle)
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:

@@ -1,4 +1,4 @@
-"""What lies between the two projections of an expert: a function of the gate half and the up half.
+"""What lies between the two projections of an expert: a function of the gate half and the up half, or of all of it.
 
 They are values that compare equal and can be pickled, so that a spec or a module that holds one can be, too.
 """
@@ -38,6 +38,24 @@ class ClampedSwiGLU:
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+@dataclass(frozen=True, slots=True)
+class Ungated:
+    """activation(up), for experts whose first projection has no gate half."""
+
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, up: torch.Tensor) -> torch.Tensor:
+        return self.activation(up)
+
+
+def activate(projected: torch.Tensor, activation: GatedActivation | Ungated) -> torch.Tensor:
+    """What goes into the second projection [..., F]: of the first one's output [..., 2F], or [..., F] if ungated."""
+    if isinstance(activation, Ungated):
+        return activation(projected)
+    gate, up = projected.chunk(2, dim=-1)
+    return activation(gate, up)
 
 
 SWIGLU = Gated(F.silu)

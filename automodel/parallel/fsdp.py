@@ -59,6 +59,10 @@ def parallelize(
                 shard_experts(module, parallel, policy, reshard_after_forward=reshard_after_forward)
             else:
                 own_experts.update(module.parameters())
+    for module in model.modules():
+        if getattr(module, "keeps_float32", False):
+            # Gathered once and kept: a few numbers a head, which no group of another dtype takes in.
+            fully_shard(module, mesh=parallel.dense, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     for layer in layers:
         fully_shard(
             layer,

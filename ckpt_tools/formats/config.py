@@ -2,8 +2,8 @@
 
 transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype` and falls back silently to defaults when it finds
 only the names of transformers 5, `rope_parameters` and `dtype`. Fields are added, and none is dropped: both spellings,
-and what transformers does not write although vLLM or SGLang read it without a default. One value is spelled anew instead:
-Nemotron's `layers_block_type`, in names that all of them take.
+and what transformers does not write although vLLM or SGLang read it without a default. One value is spelled
+anew instead: Nemotron's `layers_block_type`, in names that all of them take.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _complete_nemotron(config: dict[str, object]) -> None:
         listed, letters = f"{part}layers_block_type", f"{part}hybrid_override_pattern"
         kinds = config.get(listed)
         if isinstance(kinds, list):
-            older = [_NEMOTRON_SPELLINGS.get(kind, kind) for kind in kinds]
+            older = [_NEMOTRON_SPELLINGS.get(str(kind), str(kind)) for kind in kinds]
             config[listed] = older
             if set(older) <= _NEMOTRON_LETTERS.keys():
                 config.setdefault(letters, "".join(_NEMOTRON_LETTERS[kind] for kind in older))
