@@ -36,6 +36,23 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+NEMOTRON_H = {name: value for name, value in ATTENTION.items() if name != "rope_theta"} | {
+    "intermediate_size": 96,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+}
+NEMOTRON_H_MOE = NEMOTRON_H | {
+    "hybrid_override_pattern": "MEM*E",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN3_MOE},
     "qwen3_moe-tied": {"model_type": "qwen3_moe", **QWEN3_MOE, "tie_word_embeddings": True},
@@ -87,6 +104,9 @@ CASES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
     },
+    "nemotron_h": {"model_type": "nemotron_h", **NEMOTRON_H, "hybrid_override_pattern": "M-M*-"},
+    "nemotron_h-moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE},
+    "nemotron_h-latent_moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE, "moe_latent_size": 32},
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
 }
 
@@ -97,9 +117,12 @@ LIMITS: dict[tuple[str, str], str] = {
 }
 """(reader, case) -> why the reader gives wrong logits for it, from the stock checkpoint just as from ours."""
 
+NEMOTRON_CASES = ("nemotron_h", "nemotron_h-moe", "nemotron_h-latent_moe")
 NOT_RUN: dict[tuple[str, str], str] = {
+    **{("transformers4", case): "it has no such class" for case in NEMOTRON_CASES},
+    **{("sglang", case): "its CPU build has no Mamba-2 scan and no experts without a gate" for case in NEMOTRON_CASES},
     ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
     ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
     ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
 }
-"""(reader, case) that is not asked, and why."""
+"""(reader, case) that is not asked, and why. A transformers that does not read a case does not write it either."""

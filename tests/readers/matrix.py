@@ -55,9 +55,13 @@ def cells(readers: Sequence[str], cases: Sequence[str]) -> list[Cell]:
     chosen = []
     for reader in readers:
         writers = WRITERS if reader in WRITERS else WRITERS[-1:]
-        asked = [case for case in cases if (reader, case) not in NOT_RUN]
-        chosen += [Cell(reader, writer, case) for writer in writers for case in asked]
+        chosen += [Cell(reader, writer, case) for writer in writers for case in cases if is_asked(reader, writer, case)]
     return chosen
+
+
+def is_asked(reader: str, writer: str, case: str) -> bool:
+    """Whether there is such a cell: the reader takes the case, and the writer can make it."""
+    return not {(reader, case), (writer, case)} & NOT_RUN.keys()
 
 
 def interpreter(reader: str) -> Path:
@@ -83,7 +87,8 @@ class Workshop:
         """The stock checkpoint of a cell."""
         if cell.writer not in self._written:
             script = HERE / "make_checkpoints.py"
-            _run(interpreter(cell.writer), script, self.root / cell.writer, *self.cases)
+            cases = [case for case in self.cases if is_asked(cell.writer, cell.writer, case)]
+            _run(interpreter(cell.writer), script, self.root / cell.writer, *cases)
             self._written.add(cell.writer)
         return self.root / cell.writer / cell.case
 
@@ -103,9 +108,8 @@ class Workshop:
     def report(self, cell: Cell) -> dict[str, Any]:
         """The reader's report on the consolidated checkpoint; transformers checks a writer's cases at one start."""
         if cell not in self._reports:
-            together = (
-                [Cell(cell.reader, cell.writer, case) for case in self.cases] if cell.reader in WRITERS else [cell]
-            )
+            cases = [case for case in self.cases if is_asked(cell.reader, cell.writer, case)]
+            together = [Cell(cell.reader, cell.writer, case) for case in cases] if cell.reader in WRITERS else [cell]
             checkpoints = [self.consolidated(each) for each in together]
             self._reports |= zip(together, self.ask(together, checkpoints), strict=True)
         return self._reports[cell]
