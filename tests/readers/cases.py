@@ -22,20 +22,6 @@ ATTENTION = {
 DENSE = ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 96}
 HEADS_SHARE_HIDDEN = DENSE | {"hidden_size": 128}
 """For the families whose readers derive head_dim from hidden_size / num_attention_heads."""
-QWEN3_MOE = DENSE | {
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
 NEMOTRON_H = {name: value for name, value in ATTENTION.items() if name != "rope_theta"} | {
     "intermediate_size": 96,
     "mamba_num_heads": 8,
@@ -51,6 +37,19 @@ NEMOTRON_H_MOE = NEMOTRON_H | {
     "routed_scaling_factor": 2.5,
     "moe_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 64,
+}
+QWEN3_MOE = DENSE | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 
 CASES: dict[str, dict[str, Any]] = {
