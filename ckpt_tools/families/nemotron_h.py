@@ -101,8 +101,8 @@ def _predict_kinds(config: Config) -> tuple[str, ...]:
     if unknown := sorted(set(one) - {"attention", "moe"}):
         raise LayoutError(f"config.json: layers for multi-token prediction of kind {', '.join(unknown)} are unknown")
     words = [["predict", f"predict_{kind}"] for kind in one]
-    words[0].append("first")
-    words[-1].append("last")
+    words[0].append("predict_first")
+    words[-1].append("predict_last")
     return tuple(" ".join(layer) for layer in words) * count
 
 
@@ -190,13 +190,13 @@ FAMILY = Family(
         *_attention(LAYER, BACKBONE, "attention"),
         *_mlp(LAYER, BACKBONE),
         *_moe(LAYER, BACKBONE, "moe"),
-        same(PREDICT + "enorm.weight", "hidden", layers="first"),
-        same(PREDICT + "hnorm.weight", "hidden", layers="first"),
-        same(PREDICT + "eh_proj.weight", "hidden", "twice_hidden", layers="first"),
+        same(PREDICT + "enorm.weight", "hidden", layers="predict_first"),
+        same(PREDICT + "hnorm.weight", "hidden", layers="predict_first"),
+        same(PREDICT + "eh_proj.weight", "hidden", "twice_hidden", layers="predict_first"),
         same(PREDICT + "norm.weight", "hidden", layers="predict"),
         *_attention(PREDICT, PREDICT, "predict_attention"),
         *_moe(PREDICT, PREDICT, "predict_moe"),
-        same(PREDICT + "final_layernorm.weight", "hidden", layers="last"),
+        same(PREDICT + "final_layernorm.weight", "hidden", layers="predict_last"),
     ),
     tied=(),
     optional_layers={"predict": PREDICT},
