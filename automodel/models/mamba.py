@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from automodel.backends import Backend, resolve_mamba
 from automodel.kernels.mamba import causal_conv, state_space_scan
 from automodel.models.spec import DecoderSpec, MambaSpec
+from automodel.precision import keep_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,7 @@ class RecurrentMask:
 class StateSpace(nn.Module):
     """Decay, skip and time-step bias of each head; FP32 whatever the model is cast to, and computed so.
 
-    A module of its own, so that FSDP2 gathers these parameters without the cast that mixed precision asks for.
-
-    Attributes:
-        keeps_float32: tells `parallelize` to leave the dtype of the computation alone.
+    A module of its own, so that FSDP2 can gather these parameters without the cast that mixed precision asks for.
     """
 
     keeps_float32 = True
@@ -51,12 +49,7 @@ class StateSpace(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(mamba.num_heads, dtype=torch.float32)))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StateSpace:
-        def wide(tensor: torch.Tensor) -> torch.Tensor:
-            applied = fn(tensor)
-            is_wide = applied.dtype in (torch.float32, torch.float64)
-            return applied if is_wide or not tensor.is_floating_point() else tensor.to(applied.device)
-
-        return super()._apply(wide, recurse)
+        return super()._apply(keep_float32(fn), recurse)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A [H], negative; D [H]; the bias of the time step [H]."""

@@ -98,4 +98,5 @@ def _router(hidden_size: int, moe: MoeSpec) -> TopKRouter | GroupLimitedRouter:
         top_groups=moe.groups.top_groups,
         normalize=moe.normalize,
         scale=moe.groups.scale,
+        keeps_float32=moe.groups.keeps_float32,
     )

@@ -18,8 +18,9 @@ from ckpt_tools.core.errors import UsageError
 class NeMoNemotronHForCausalLM(NativeCausalLM):
     """Nemotron-H with a language-model head, computing what transformers' `NemotronHForCausalLM` does.
 
-    Deviations: packed documents (positions that restart) see only themselves, A, D, the time steps and their bias are
-    FP32 throughout, and `rescale_prenorm_residual` does not rescale fresh weights. Embeddings are not tied, as there.
+    Deviations: packed documents (positions that restart) see only themselves; A, D, the time steps and their bias, and
+    routers are FP32 throughout; `rescale_prenorm_residual` does not rescale fresh weights. Embeddings are not tied, as
+    there.
     Layers for multi-token prediction are held where the checkpoint has them, and neither run nor trained.
     """
 
@@ -93,7 +94,7 @@ def _moe(config: NemotronHConfig, activation: Ungated) -> MoeSpec:
         normalize=config.norm_topk_prob,
         layers=frozenset(layer for layer, kind in enumerate(config.layers_block_type) if kind == "moe"),
         activation=activation,
-        groups=GroupSpec(config.n_group, config.topk_group, config.routed_scaling_factor),
+        groups=GroupSpec(config.n_group, config.topk_group, config.routed_scaling_factor, keeps_float32=True),
         shared_width=config.moe_shared_expert_intermediate_size,
         latent_size=config.moe_latent_size or 0,
     )

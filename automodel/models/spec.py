@@ -45,12 +45,13 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, and the
-    factor on the routing weights."""
+    """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, the factor on
+    the routing weights, and whether the router's projection stays in FP32."""
 
     num_groups: int
     top_groups: int
     scale: float
+    keeps_float32: bool = False
 
 
 @dataclass(frozen=True, slots=True)

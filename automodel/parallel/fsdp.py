@@ -61,7 +61,7 @@ def parallelize(
                 own_experts.update(module.parameters())
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
-            # Gathered once and kept: a few numbers a head, which no group of another dtype takes in.
+            # Small, and gathered once and kept; a group of another dtype could not take them in.
             fully_shard(module, mesh=parallel.dense, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
     for layer in layers:
         fully_shard(

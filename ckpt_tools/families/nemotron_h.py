@@ -124,7 +124,8 @@ def _moe(native: str, hf: str, layers: str) -> tuple[Rule, ...]:
     up = Leaf(hf + "mixer.experts.{expert}.up_proj.weight", "expert_width", "expert_in")
     down = Leaf(hf + "mixer.experts.{expert}.down_proj.weight", "expert_in", "expert_width")
     return (
-        renamed("mixer.gate.weight", "experts", "hidden"),
+        # FP32 in Nemotron 3 Nano, BF16 in Super.
+        renamed("mixer.gate.weight", "experts", "hidden", keep_dtype=True),
         renamed("mixer.gate.e_score_correction_bias", "experts", keep_dtype=True),
         Rule(native + "mixer.experts.up_proj", Stack(up, "expert"), layers=layers),
         Rule(native + "mixer.experts.down_proj", Stack(down, "expert"), layers=layers),

@@ -83,8 +83,8 @@ def test_nemotron_3_nano_has_exactly_the_published_names_and_shapes() -> None:
     assert layout.native["model.layers.1.mixer.experts.up_proj"].shape == (128, 1856, 2688)
     assert layout.native["model.layers.1.mixer.experts.down_proj"].shape == (128, 2688, 1856)
     assert layout.native["model.layers.5.mixer.qkv_proj.weight"].shape == ((32 + 2 * 2) * 128, 2688)
-    state = {name.rpartition(".")[2] for name, leaf in layout.leaves.items() if leaf.keep_dtype}
-    assert state == {"A_log", "D", "dt_bias", "e_score_correction_bias"}
+    state = {name.partition("mixer.")[2] for name, leaf in layout.leaves.items() if leaf.keep_dtype}
+    assert state == {"A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias"}
 
 
 def test_nemotron_h_reads_its_layers_from_a_pattern_or_a_list_in_either_spelling() -> None:

@@ -158,18 +158,20 @@ def _state_space_in_forward(mesh_config, dtype):
     expected = [-ssm.A_log.exp(), ssm.D.clone(), ssm.dt_bias.clone()]
     parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
     seen = []
+    routed = []
+    model.model.layers[1].mixer.gate.register_forward_pre_hook(lambda module, _: routed.append(module.weight.dtype))
     ssm.register_forward_hook(lambda _module, _args, values: seen.extend(value.detach().clone() for value in values))
     projected = []
     model.model.layers[0].mixer.in_proj.register_forward_hook(lambda *given: projected.append(given[2].dtype))
     model(input_ids=batch(2), labels=batch(2)).loss.backward()
     equal = all(torch.equal(mine, theirs) for mine, theirs in zip(seen, expected, strict=True))
-    return projected[0], equal, ssm.A_log.grad.dtype
+    return projected[0], routed[0], equal, ssm.A_log.grad.dtype
 
 
 @needs_transformers_5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computing_in_bfloat16_leaves_state_spaces_in_float32(dtype):
-    expected = (torch.bfloat16, True, torch.float32)
+def test_computing_in_bfloat16_leaves_state_spaces_and_routers_in_float32(dtype):
+    expected = (torch.bfloat16, torch.float32, True, torch.float32)
     assert run_ranks(2, _state_space_in_forward, MeshConfig(dp_shard=2), dtype) == [expected] * 2
 
 
