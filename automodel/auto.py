@@ -267,7 +267,7 @@ def _build(
 
 def count_predict_layers(checkpoint: Checkpoint) -> int:
     """Layers for multi-token prediction that a checkpoint has; its names decide, not its config."""
-    return sum("predict" in kind.split() for kind in checkpoint.layout.layers)
+    return sum("predict" in kind.split("+") for kind in checkpoint.layout.layers)
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -51,9 +51,11 @@ class StateSpace(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StateSpace:
         return super()._apply(keep_float32(fn), recurse)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A [H], negative; D [H]; the bias of the time step [H]."""
-        return -self.A_log.exp(), self.D, self.dt_bias
+    def forward(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Time steps [B, S, H] made of `x_BSH`; A [H], negative; D [H]: all in FP32."""
+        step_BSH = F.softplus(x_BSH.float() + self.dt_bias).clamp(min=self.mamba.time_step_min)
+        # Nothing but copies: FSDP2 may free the gathered parameters when this returns.
+        return step_BSH, -self.A_log.exp(), self.D.clone()
 
     def fresh_values(self, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
         """[H] in FP32, as in transformers: A = -1 .. -H, D = 1, and a bias for time steps log-uniform in the range."""
@@ -126,10 +128,10 @@ class Mamba2(nn.Module):
 
         rates = mamba.groups * mamba.state_size
         x_BSI, in_BSr, out_BSr = x_BSC.split((mamba.inner, rates, rates), dim=-1)
-        A_H, D_H, bias_H = self.ssm()
+        step_BSH, A_H, D_H = self.ssm(step_BSH)
         y_BSHP, state = state_space_scan(
             x_BSI.unflatten(-1, (mamba.num_heads, mamba.head_dim)),
-            F.softplus(step_BSH.float() + bias_H).clamp(min=mamba.time_step_min),
+            step_BSH,
             A_H,
             in_BSr.unflatten(-1, (mamba.groups, mamba.state_size)),
             out_BSr.unflatten(-1, (mamba.groups, mamba.state_size)),

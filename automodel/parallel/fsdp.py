@@ -61,8 +61,9 @@ def parallelize(
                 own_experts.update(module.parameters())
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
-            # Small, and gathered once and kept; a group of another dtype could not take them in.
-            fully_shard(module, mesh=parallel.dense, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=False)
+            # A unit of its own: FSDP2 has one dtype a unit, and computes in it.
+            exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, mesh=parallel.dense, mp_policy=exact, reshard_after_forward=reshard_after_forward)
     for layer in layers:
         fully_shard(
             layer,

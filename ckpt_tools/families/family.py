@@ -130,12 +130,12 @@ class Family:
 
     def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
         """`shape` without its optional layers if none of `names` is in one."""
-        there = tuple(kind for kind in shape.layers if not set(kind.split()) & self.optional_layers.keys())
+        there = tuple(kind for kind in shape.layers if not set(kind.split("+")) & self.optional_layers.keys())
         prefixes = tuple(
             fill(template, layer=index, predict=index - len(there))
             for index, kind in enumerate(shape.layers)
             for word, template in self.optional_layers.items()
-            if word in kind.split()
+            if word in kind.split("+")
         )
         return shape if any(name.startswith(prefixes) for name in names) else replace(shape, layers=there)
 

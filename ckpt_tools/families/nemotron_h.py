@@ -22,7 +22,7 @@ HEAD_DIM = 128
 
 
 def shape(config: Config) -> Shape:
-    """Sizes, and the kind of each layer; those of layers for multi-token prediction have several words.
+    """Sizes, flags, and the kind of each layer.
 
     Raises:
         LayoutError: a field is missing, or a layer is of no known kind.
@@ -70,7 +70,7 @@ def shape(config: Config) -> Shape:
             "expert_width": number(config, "moe_intermediate_size") if experts else 0,
             "shared_width": number(config, "moe_shared_expert_intermediate_size") if experts else 0,
         },
-        layers=(*layers, *predict),
+        layers=(*(f"decoder+{kind}" for kind in layers), *predict),
         experts=experts,
         flags=frozenset(name for name, on in flags.items() if on),
     )
@@ -100,10 +100,10 @@ def _predict_kinds(config: Config) -> tuple[str, ...]:
     one = kinds({"mtp_hybrid_override_pattern": "*E", **config}, "mtp_layers_block_type", "mtp_hybrid_override_pattern")
     if unknown := sorted(set(one) - {"attention", "moe"}):
         raise LayoutError(f"config.json: layers for multi-token prediction of kind {', '.join(unknown)} are unknown")
-    words = [["predict", f"predict_{kind}"] for kind in one]
-    words[0].append("predict_first")
-    words[-1].append("predict_last")
-    return tuple(" ".join(layer) for layer in words) * count
+    properties = [["predict", f"predict_{kind}"] for kind in one]
+    properties[0].append("predict_first")
+    properties[-1].append("predict_last")
+    return tuple("+".join(layer) for layer in properties) * count
 
 
 def _attention(native: str, hf: str, layers: str) -> tuple[Rule, ...]:
@@ -186,7 +186,7 @@ FAMILY = Family(
         Rule("model.embed_tokens.weight", Leaf("backbone.embeddings.weight", "vocab", "hidden")),
         Rule("model.norm.weight", Leaf("backbone.norm_f.weight", "hidden")),
         same("lm_head.weight", "vocab", "hidden"),
-        Rule(LAYER + "norm.weight", Leaf(BACKBONE + "norm.weight", "hidden"), layers="!predict"),
+        Rule(LAYER + "norm.weight", Leaf(BACKBONE + "norm.weight", "hidden"), layers="decoder"),
         *_mamba(LAYER, BACKBONE),
         *_attention(LAYER, BACKBONE, "attention"),
         *_mlp(LAYER, BACKBONE),

@@ -27,8 +27,8 @@ class Shape:
 
     Attributes:
         sizes: numbers behind the size names of the rules.
-        layers: kind of each layer, in order, for example `("dense", "moe", "moe")`. A kind may be several words; layers
-            with the word `predict` are for multi-token prediction and come last.
+        layers: kind of each layer, in order, for example `("dense", "moe", "moe")`; one with several properties has
+            them joined by `+`, for example `decoder+mamba`. Layers that `predict` further tokens come last.
         experts: number of experts, the length of the `{expert}` axis.
         flags: conditions that hold, for rules with `when`.
     """
@@ -191,9 +191,9 @@ def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
     if not {"layer", "predict"} & set(fields(rule.native)):
         yield Scope(shape.sizes, axes, {})
         return
-    own_layers = sum("predict" not in kind.split() for kind in shape.layers)
+    own_layers = sum("predict" not in kind.split("+") for kind in shape.layers)
     for index, kind in enumerate(shape.layers):
-        if _holds(rule.layers, frozenset(kind.split())):
+        if rule.layers is None or rule.layers in kind.split("+"):
             yield Scope(shape.sizes, axes, {"layer": index, "predict": index - own_layers})
 
 

@@ -262,8 +262,8 @@ class Rule:
         native: template of its name.
         value: what it is made of.
         when: flags of the family's `Shape` that must be set, joined by `&`; a leading `!` negates one.
-        layers: words that the kind of a layer must have to have it, joined like those of `when`; None for every layer.
-            Ignored for names with neither `{layer}` nor `{predict}`, its place among the layers of kind `predict`.
+        layers: kind of layer that has it, or None for every layer; ignored for names without `{layer}`, the index
+            among all layers, and `{predict}`, that among the layers that predict further tokens.
         stacked: it is stacked over experts along dimension 0 although no leaf name has an `{expert}`.
     """
 

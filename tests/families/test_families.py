@@ -97,9 +97,9 @@ def test_nemotron_h_reads_its_layers_from_a_pattern_or_a_list_in_either_spelling
     }
     assert by_pattern is not None
     assert by_pattern.layers == (
-        *older["layers_block_type"],
-        "predict predict_attention predict_first",
-        "predict predict_moe predict_last",
+        *(f"decoder+{kind}" for kind in older["layers_block_type"]),
+        "predict+predict_attention+predict_first",
+        "predict+predict_moe+predict_last",
     )
     for spelling in (older, newer):
         layout = layout_for({**config, **spelling})

@@ -124,4 +124,4 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
     ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
 }
-"""(reader, case) that is not asked, and why. A transformers that does not read a case does not write it either."""
+"""(reader, case) that is not asked, nor made where the reader is a writer too, and why."""

@@ -32,6 +32,11 @@ class Cell:
     case: str
 
     @property
+    def runs(self) -> bool:
+        """Whether the case is made by the writer and asked of the reader."""
+        return not {(self.reader, self.case), (self.writer, self.case)} & NOT_RUN.keys()
+
+    @property
     def limit(self) -> str | None:
         """Why the reader cannot serve this architecture, whoever wrote the checkpoint; None where it can."""
         return LIMITS.get((self.reader, self.case))
@@ -55,13 +60,8 @@ def cells(readers: Sequence[str], cases: Sequence[str]) -> list[Cell]:
     chosen = []
     for reader in readers:
         writers = WRITERS if reader in WRITERS else WRITERS[-1:]
-        chosen += [Cell(reader, writer, case) for writer in writers for case in cases if is_asked(reader, writer, case)]
+        chosen += [cell for writer in writers for case in cases if (cell := Cell(reader, writer, case)).runs]
     return chosen
-
-
-def is_asked(reader: str, writer: str, case: str) -> bool:
-    """Whether there is such a cell: the reader takes the case, and the writer can make it."""
-    return not {(reader, case), (writer, case)} & NOT_RUN.keys()
 
 
 def interpreter(reader: str) -> Path:
@@ -87,8 +87,8 @@ class Workshop:
         """The stock checkpoint of a cell."""
         if cell.writer not in self._written:
             script = HERE / "make_checkpoints.py"
-            cases = [case for case in self.cases if is_asked(cell.writer, cell.writer, case)]
-            _run(interpreter(cell.writer), script, self.root / cell.writer, *cases)
+            made = [case for case in self.cases if (cell.writer, case) not in NOT_RUN]
+            _run(interpreter(cell.writer), script, self.root / cell.writer, *made)
             self._written.add(cell.writer)
         return self.root / cell.writer / cell.case
 
@@ -108,8 +108,8 @@ class Workshop:
     def report(self, cell: Cell) -> dict[str, Any]:
         """The reader's report on the consolidated checkpoint; transformers checks a writer's cases at one start."""
         if cell not in self._reports:
-            cases = [case for case in self.cases if is_asked(cell.reader, cell.writer, case)]
-            together = [Cell(cell.reader, cell.writer, case) for case in cases] if cell.reader in WRITERS else [cell]
+            every = [Cell(cell.reader, cell.writer, case) for case in self.cases]
+            together = [each for each in every if each.runs] if cell.reader in WRITERS else [cell]
             checkpoints = [self.consolidated(each) for each in together]
             self._reports |= zip(together, self.ask(together, checkpoints), strict=True)
         return self._reports[cell]
