@@ -123,8 +123,12 @@ class Mamba2(nn.Module):
         gate_BSI, x_BSC, step_BSH = parts[0], _without(padding_BS, parts[1]), parts[2]
         state = None if cache is None else cache.get_recurrent_state(self.layer)
         weight_CW = self.conv1d.weight.squeeze(1)
-        x_BSC = causal_conv(self._with_past(x_BSC, cache), weight_CW, self.conv1d.bias, kernel, mask.segment_BS)
-        x_BSC = _without(padding_BS, x_BSC[:, -x_BSD.shape[1] :])
+        length = x_BSD.shape[1]
+        past_BSC = self._with_past(x_BSC, cache)
+        # Packed rows have no past: what is before them there is padding.
+        past_BSC = past_BSC if mask.segment_BS is None else past_BSC[:, -length:]
+        x_BSC = causal_conv(past_BSC, weight_CW, self.conv1d.bias, kernel, mask.segment_BS)
+        x_BSC = _without(padding_BS, x_BSC[:, -length:])
 
         rates = mamba.groups * mamba.state_size
         x_BSI, in_BSr, out_BSr = x_BSC.split((mamba.inner, rates, rates), dim=-1)

@@ -142,6 +142,21 @@ def test_a_repository_without_the_prediction_layers_that_its_config_counts_loads
         NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
 
+@needs_transformers_5
+def test_the_repositorys_own_code_is_kept_and_named_in_the_config(tmp_path: Path) -> None:
+    write(tmp_path / "hf")
+    config, code = tmp_path / "hf" / "config.json", tmp_path / "hf" / "modeling_nemotron_h.py"
+    auto_map = {"AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": auto_map}))
+    code.write_text("raise SystemExit('run')\n")
+    convert(tmp_path / "hf", tmp_path / "native")
+    consolidate(tmp_path / "native", tmp_path / "consolidated")
+    NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "saved")
+    for written in ("consolidated", "saved"):
+        assert (tmp_path / written / code.name).read_bytes() == code.read_bytes()
+        assert json.loads((tmp_path / written / "config.json").read_text())["auto_map"] == auto_map
+
+
 def _load_compute_and_save(source: Path, mesh: MeshConfig, saved: Path) -> torch.Tensor:
     model = NeMoAutoModelForCausalLM.from_pretrained(source, device_mesh=mesh)
     expected = logits(model)
@@ -240,6 +255,16 @@ def test_the_cache_holds_the_inputs_of_the_convolution_and_a_float32_state() -> 
     assert state.shape == (2, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
     assert state.dtype == torch.float32
     assert cache.get_seq_length() == 7
+
+
+@needs_transformers_5
+def test_packed_rows_shorter_than_the_convolution_make_a_cache_too() -> None:
+    _, ours = pair("nemotron_h")
+    ids = tokens(1, 3)
+    with torch.no_grad():
+        packed = ours(ids, position_ids=torch.tensor([[0, 0, 1]]), use_cache=True).logits
+        alone = torch.cat([ours(ids[:, :1]).logits, ours(ids[:, 1:]).logits], dim=1)
+    assert relative(packed, alone) < 1e-5
 
 
 @needs_transformers_5
