@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from automodel import fallback
 from automodel.backends import Backend, require_attention
-from automodel.compat import PreTrainedConfig, config_dtype, merge_dtype, resolve_dtype
+from automodel.compat import PreTrainedConfig, config_dtype, merge_dtype, require_known, resolve_dtype
 from automodel.logging import get_logger, log_once
 from automodel.models import NATIVE_MODELS
 from automodel.models.causal_lm import ModelSource, NativeCausalLM
@@ -238,6 +238,8 @@ def _read_config(
         return config, location, rest
     loader = {name: rest.pop(name) for name in _LOADER_ARGUMENTS if name in rest}
     root = location.side_root if config is None else config
+    if config is None and not trust_remote_code:
+        require_known(read_config(root).get("model_type"))
     found, unused = AutoConfig.from_pretrained(
         root, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **rest
     )
@@ -265,7 +267,7 @@ def _build(
 
 def count_predict_layers(checkpoint: Checkpoint) -> int:
     """Layers for multi-token prediction that a checkpoint has; its names decide, not its config."""
-    return checkpoint.layout.layers.count("predict")
+    return sum("predict" in kind.split("+") for kind in checkpoint.layout.layers)
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,9 +14,10 @@ from typing import Literal, get_args
 
 import torch
 
-from automodel.kernels.activations import SWIGLU, GatedActivation
+from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle, has_triton
+from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -25,6 +26,7 @@ _logger = get_logger(__name__)
 
 ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused"]
 NormChoice = Literal["auto", "torch", "fused"]
+MambaChoice = Literal["auto", "torch", "fused"]
 NormKernel = Literal["torch", "fused"]
 SdpaChoice = Literal["auto", "torch", "cudnn"]
 LayersChoice = Literal["auto", "eager", "compiled"]
@@ -40,6 +42,7 @@ class Backend:
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
             Triton kernels around the products.
+        mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
         sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, `"cudnn"` prefers cuDNN's.
         layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
@@ -48,6 +51,7 @@ class Backend:
 
     experts: ExpertsChoice = "auto"
     norm: NormChoice = "auto"
+    mamba: MambaChoice = "auto"
     sdpa: SdpaChoice = "auto"
     layers: LayersChoice = "auto"
     loss: LossChoice = "auto"
@@ -82,6 +86,7 @@ class Backend:
 _CHOICES = {
     "experts": ExpertsChoice,
     "norm": NormChoice,
+    "mamba": MambaChoice,
     "sdpa": SdpaChoice,
     "layers": LayersChoice,
     "loss": LossChoice,
@@ -104,13 +109,20 @@ class ResolvedExperts(Resolved):
     kernel: ExpertsKernel = "torch"
 
 
+@dataclass(frozen=True, slots=True)
+class ResolvedMamba(Resolved):
+    """`Resolved` for Mamba-2 layers."""
+
+    kernel: MambaKernel = "torch"
+
+
 def resolve_experts(
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,
     hidden: int,
     width: int,
-    activation: GatedActivation = SWIGLU,
+    activation: GatedActivation | Ungated = SWIGLU,
 ) -> ResolvedExperts:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
@@ -132,6 +144,24 @@ def resolve_experts(
             raise UsageError(f"the experts backend {kernel} cannot run here: {found}", hint='use backend="auto"')
         reason = found
     return ResolvedExperts("torch", reason)
+
+
+def resolve_mamba(
+    backend: Backend, device: torch.device, dtype: torch.dtype, channels: int, width: int
+) -> ResolvedMamba:
+    """The kernels of Mamba-2 layers whose convolution has `channels` and a kernel of `width`.
+
+    Raises:
+        UsageError: `fused` was asked for by name and cannot run.
+    """
+    if backend.mamba == "torch":
+        return ResolvedMamba("torch", "asked for")
+    obstacle = fused_mamba_obstacle(device, dtype, channels, width)
+    if obstacle is None:
+        return ResolvedMamba("fused")
+    if backend.mamba == "fused":
+        raise UsageError(f"the mamba backend fused cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedMamba("torch", obstacle)
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:

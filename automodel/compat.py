@@ -20,7 +20,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ckpt_tools.core.errors import UsageError
 
 TRANSFORMERS_5: bool = int(transformers.__version__.split(".")[0]) >= 5
+_ONLY_IN_5 = frozenset({"nemotron_h"})
+"""`model_type` of the families here that transformers 4.57 does not know."""
 _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
+
+
+def require_known(model_type: object) -> None:
+    """Refuse a family that the installed transformers is too old for.
+
+    Raises:
+        UsageError: it is one, and which version has it.
+    """
+    if model_type in _ONLY_IN_5 and not TRANSFORMERS_5:
+        raise UsageError(
+            f"{model_type} needs transformers 5; {transformers.__version__} is installed",
+            hint="pip install 'transformers>=5'; ckpt converts, consolidates and verifies it without transformers",
+        )
 
 
 def rope_type(config: PreTrainedConfig) -> str:

@@ -79,5 +79,5 @@ def _download(name: str, revision: str | None, options: Mapping[str, object], we
     from huggingface_hub import snapshot_download
 
     repository, _, at = name.removeprefix("hf://").partition("@")
-    patterns = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
     return Path(snapshot_download(repository, revision=revision or at or None, allow_patterns=patterns, **options))

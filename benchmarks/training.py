@@ -80,7 +80,7 @@ KINDS = {
     "dense products": ("nvjet", "gemm", "cublas"),
     "norms, rope, residuals": ("triton_",),
 }
-"""Kinds of work -> what names of their CUDA kernels contain; the first that fits counts. The head is a dense product."""
+"""Kinds of work -> parts of the names of their CUDA kernels; the first that fits counts. The head is dense."""
 _ANNOTATIONS = ("Optimizer.", "nccl:", "Memset")
 
 

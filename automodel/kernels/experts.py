@@ -1,4 +1,4 @@
-"""The gated MLP of many experts over rows sorted by expert: a reference loop, and grouped matrix multiplication.
+"""The MLP of many experts over rows sorted by expert: a reference loop, and grouped matrix multiplication.
 
 Legend: M rows, D hidden, F expert width, E experts of this process.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.activations import SWIGLU, GatedActivation
+from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated, activate
 
 ExpertsKernel = Literal["torch", "grouped_mm", "fused"]
 
@@ -49,7 +49,7 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, w
 
 
 def fused_obstacle(
-    device: torch.device, dtype: torch.dtype, hidden: int, width: int, activation: GatedActivation
+    device: torch.device, dtype: torch.dtype, hidden: int, width: int, activation: GatedActivation | Ungated
 ) -> str | None:
     """Why `fused_experts` cannot run these experts, or None when it can; it needs grouped_mm and more."""
     if device.type != "cuda":
@@ -75,21 +75,21 @@ def expert_mlp(
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
     kernel: ExpertsKernel,
-    activation: GatedActivation = SWIGLU,
+    activation: GatedActivation | Ungated = SWIGLU,
     *,
     gate_up_bias_E2F: torch.Tensor | None = None,
     down_bias_ED: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """down(activation(gate(x), up(x))) with the expert of each row.
+    """down(activation(gate(x), up(x))) with the expert of each row, or down(activation(up(x))) without a gate.
 
     Args:
         x_MD: rows sorted by expert.
         counts_E: rows of each expert, in expert order; sums to M; zeros are allowed.
-        gate_up_E2FD: gate rows then up rows of each expert.
+        gate_up_E2FD: gate rows then up rows of each expert; for an `Ungated` activation up rows only, [E, F, D].
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
             `grouped_mm_obstacle` tells. The third kernel, `"fused"`, is `fused_experts`.
-        activation: of the gate half and the up half.
+        activation: of the gate half and the up half, or `Ungated`.
         gate_up_bias_E2F, down_bias_ED: added to the two projections.
 
     Returns:
@@ -97,8 +97,8 @@ def expert_mlp(
     """
     if kernel == "grouped_mm":
         ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
-        gate_MF, up_MF = _GroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, ends_E).chunk(2, dim=-1)
-        return _GroupedLinear.apply(activation(gate_MF, up_MF), down_EDF, down_bias_ED, ends_E)
+        projected = _GroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, ends_E)
+        return _GroupedLinear.apply(activate(projected, activation), down_EDF, down_bias_ED, ends_E)
     return _loop(x_MD, counts_E, gate_up_E2FD, down_EDF, activation, gate_up_bias_E2F, down_bias_ED)
 
 
@@ -159,7 +159,7 @@ def _loop(
     counts_E: torch.Tensor,
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
-    activation: GatedActivation,
+    activation: GatedActivation | Ungated,
     gate_up_bias_E2F: torch.Tensor | None,
     down_bias_ED: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _loop(
     experts = zip(rows, gate_up_E2FD.unbind(0), gate_up_biases, down_EDF.unbind(0), down_biases, strict=True)
     parts = []
     for x, gate_up, gate_up_bias, down, down_bias in experts:
-        gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
-        parts.append(F.linear(activation(gate, up), down, down_bias))
+        projected = F.linear(x, gate_up, gate_up_bias)
+        parts.append(F.linear(activate(projected, activation), down, down_bias))
     # A process that holds no expert receives no rows; its input stands in, to stay part of the backward pass.
     return torch.cat(parts) if parts else x_MD

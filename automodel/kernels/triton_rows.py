@@ -14,26 +14,30 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel.kernels.activations import ClampedSwiGLU, GatedActivation, is_swiglu
+from automodel.kernels.activations import ClampedSwiGLU, GatedActivation, Ungated, is_relu_squared, is_swiglu
 
-_SWIGLU, _CLAMPED = tl.constexpr(0), tl.constexpr(1)
+_SWIGLU, _CLAMPED, _RELU_SQUARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationForm:
-    """An activation as the kernels take it: its number, and the two numbers of GPT-OSS's."""
+    """An activation as the kernels take it: its number, the two numbers of GPT-OSS's, and how many parts it takes
+    (gate and up, or up alone)."""
 
     kind: int
     alpha: float = 0.0
     limit: float = 0.0
+    parts: int = 2
 
 
-def activation_form(activation: GatedActivation) -> ActivationForm | None:
+def activation_form(activation: GatedActivation | Ungated) -> ActivationForm | None:
     """The form of an activation, None where the kernels have none."""
     if is_swiglu(activation):
         return ActivationForm(0)
     if isinstance(activation, ClampedSwiGLU):
         return ActivationForm(1, activation.alpha, activation.limit)
+    if is_relu_squared(activation):
+        return ActivationForm(2, parts=1)
     return None
 
 
@@ -44,6 +48,9 @@ def _value_and_slopes(gate, up, alpha, limit, KIND: tl.constexpr):
         share = tl.sigmoid(gate)
         silu = gate * share
         return silu * up, up * (share + silu * (1 - share)), silu
+    if KIND == _RELU_SQUARED:
+        positive = tl.maximum(gate, 0.0)
+        return positive * positive, 2 * positive, up
     clamped_gate = tl.minimum(gate, limit)
     clamped_up = tl.minimum(tl.maximum(up, -limit), limit) + 1
     share = tl.sigmoid(alpha * clamped_gate)
@@ -54,25 +61,27 @@ def _value_and_slopes(gate, up, alpha, limit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gate_and_up(h, bias, expert, row, column, inside, F: tl.constexpr, HAS_BIAS: tl.constexpr):
-    gate = tl.load(h + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+def _gate_and_up(h, bias, expert, row, column, inside, F: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The two parts of a row, or twice the one that it has."""
+    own = h + row * PARTS * F + column
+    gate = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(own + (PARTS - 1) * F, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        own = bias + tl.load(expert + row).to(tl.int64) * 2 * F
-        gate += tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
-        up += tl.load(own + F + column, mask=inside, other=0.0).to(tl.float32)
+        own_bias = bias + tl.load(expert + row).to(tl.int64) * PARTS * F + column
+        gate += tl.load(own_bias, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(own_bias + (PARTS - 1) * F, mask=inside, other=0.0).to(tl.float32)
     return gate, up
 
 
 @triton.jit
 def _activate(
     h, bias, expert, weight, out, alpha, limit,
-    F: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, HAS_BIAS)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
     value, _, _ = _value_and_slopes(gate, up, alpha, limit, KIND)
     tl.store(out + row * F + column, (value * tl.load(weight + row)).to(out.dtype.element_ty), mask=inside)
 
@@ -80,21 +89,22 @@ def _activate(
 @triton.jit
 def _activate_backward(
     h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit,
-    F: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, HAS_BIAS)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
     value, by_gate, by_up = _value_and_slopes(gate, up, alpha, limit, KIND)
     grad_value = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.load(weight + row)
     tl.store(grad_weight + row, tl.sum(grad_value * value))
     tl.store(out + row * F + column, (value * share).to(out.dtype.element_ty), mask=inside)
     grad_value *= share
-    to = grad_h + row * 2 * F + column
+    to = grad_h + row * PARTS * F + column
     tl.store(to, (grad_value * by_gate).to(grad_h.dtype.element_ty), mask=inside)
-    tl.store(to + F, (grad_value * by_up).to(grad_h.dtype.element_ty), mask=inside)
+    if PARTS == 2:
+        tl.store(to + F, (grad_value * by_up).to(grad_h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -182,20 +192,20 @@ def activate(
     """activation(gate + bias, up + bias) * weight.
 
     Args:
-        h: [M, 2F], gate then up, before the bias.
+        h: [M, 2F], gate then up, before the bias; [M, F] for a form of one part.
         weight: FP32 [M].
-        bias: [E, 2F], with `expert`, int [M], the expert of each row.
+        bias: [E, 2F] or [E, F], with `expert`, int [M], the expert of each row.
 
     Returns:
         [M, F] in the dtype of `h`.
     """
-    rows, width = h.shape[0], h.shape[1] // 2
+    rows, width = h.shape[0], h.shape[1] // form.parts
     out = h.new_empty(rows, width)
     if rows:
         block = triton.next_power_of_2(width)
         _activate[(rows,)](
             h, bias, expert, weight, out, form.alpha, form.limit,
-            width, block, form.kind, bias is not None, num_warps=_warps(block),
+            width, form.parts, block, form.kind, bias is not None, num_warps=_warps(block),
         )  # fmt: skip
     return out
 
@@ -215,7 +225,7 @@ def activate_backward(
         block = triton.next_power_of_2(width)
         _activate_backward[(rows,)](
             h, bias, expert, weight, grad, grad_h, out, grad_weight, form.alpha, form.limit,
-            width, block, form.kind, bias is not None, num_warps=_warps(block),
+            width, form.parts, block, form.kind, bias is not None, num_warps=_warps(block),
         )  # fmt: skip
     return grad_h, out, grad_weight
 

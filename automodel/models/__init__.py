@@ -1,10 +1,12 @@
 """Native model families: one decoder written once, and for each family what is particular to it.
 
-`NATIVE_MODELS` maps a config's `model_type` to the class that runs it.
+`NATIVE_MODELS` maps a config's `model_type` to the class that runs it. Families whose config class transformers 4.57
+does not have are there with transformers 5 only.
 """
 
 from __future__ import annotations
 
+from automodel.compat import TRANSFORMERS_5
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.models.deepseek_v3 import NeMoDeepseekV3ForCausalLM
 from automodel.models.gpt_oss import NeMoGptOssForCausalLM
@@ -38,3 +40,9 @@ NATIVE_MODELS: dict[str, type[NativeCausalLM]] = {
         NeMoLlamaForCausalLM,
     )
 }
+
+if TRANSFORMERS_5:
+    from automodel.models.nemotron_h import NeMoNemotronHForCausalLM
+
+    __all__ += ["NeMoNemotronHForCausalLM"]
+    NATIVE_MODELS["nemotron_h"] = NeMoNemotronHForCausalLM

@@ -57,8 +57,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BSD: torch.Tensor,
-        cos_BSd: torch.Tensor,
-        sin_BSd: torch.Tensor,
+        cos_BSd: torch.Tensor | None,
+        sin_BSd: torch.Tensor | None,
         mask: torch.Tensor | None,
         kernel: str,
         cache: Cache | None,
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         """Attention output [B, S, D], and the probabilities [B, H, S, T] when `kernel` is `"eager"`.
 
         Args:
-            cos_BSd, sin_BSd: rotary tables; their batch may be 1.
+            cos_BSd, sin_BSd: rotary tables; their batch may be 1. None: positions are not embedded.
             mask: as `compat.attention_mask_for` makes it for `kernel`.
             kernel: `"sdpa"` or `"eager"`.
             cache: keys and values of earlier tokens, extended in place.
@@ -76,9 +76,11 @@ class Attention(nn.Module):
         batch, length, _ = x_BSD.shape
         qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, self.heads_per_group + 2, self.head_dim)
         query, key, value_BSGd = qkv.split((self.heads_per_group, 1, 1), dim=3)
-        cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
-        query_BHSd = rotate(self.q_norm(query), cos, sin).flatten(2, 3).transpose(1, 2)
-        key_BGSd = rotate(self.k_norm(key), cos, sin).flatten(2, 3).transpose(1, 2)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if cos_BSd is not None and sin_BSd is not None:
+            cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query_BHSd, key_BGSd = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key))
         value_BGSd = value_BSGd.flatten(2, 3).transpose(1, 2)
         if cache is not None:
             key_BGSd, value_BGSd = update_cache(cache, key_BGSd, value_BGSd, self.layer, cache_position)

@@ -29,6 +29,7 @@ from automodel.backends import (
     resolve_experts,
     resolve_layers,
     resolve_loss,
+    resolve_mamba,
     resolve_norm,
     resolve_sdpa,
 )
@@ -37,6 +38,7 @@ from automodel.kernels.activations import Gated
 from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
 from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
+from automodel.models.mamba import GatedGroupNorm, StateSpace
 from automodel.models.norms import RMSNorm
 from automodel.models.predict_layer import PredictLayer
 from automodel.models.spec import DecoderSpec, MoeSpec
@@ -60,6 +62,7 @@ class ModelSource:
     generation_config: Mapping[str, Any] | None = None
 
 
+_ATTENDING = ("full_attention", "sliding_attention")
 _logger = get_logger(__name__)
 _UNSET_SAVE_ARGUMENTS: dict[str, tuple[object, ...]] = {
     "safe_serialization": (None, True),
@@ -79,10 +82,12 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
 
     Attributes:
         transformers_architecture: the class name that a saved config.json carries, so that any reader loads it.
+        decoder_class: what lies between the ids and the head.
         source: what `save_pretrained` starts from.
     """
 
     transformers_architecture: str
+    decoder_class: type[Decoder] = Decoder
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -99,11 +104,14 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         self.source = ModelSource()
         self.backend = Backend.parse(backend)
         self.spec = self.decoder_spec(config)
-        self.model = Decoder(config, self.spec, self.backend)
-        for layer in range(config.num_hidden_layers, config.num_hidden_layers + predict_layers):
-            self.model.layers.append(PredictLayer(self.spec, layer, config.vocab_size, self.backend))
+        self.model = self.decoder_class(config, self.spec, self.backend)
+        self._hold_predict_layers(predict_layers)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    def _hold_predict_layers(self, count: int) -> None:
+        for layer in range(self.config.num_hidden_layers, self.config.num_hidden_layers + count):
+            self.model.layers.append(PredictLayer(self.spec, layer, self.config.vocab_size, self.backend))
 
     @staticmethod
     @abstractmethod
@@ -268,7 +276,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         if attention == "sdpa" and sdpa.kernel == "cudnn":
             attention = "sdpa, cuDNN first"
         rows = [
-            BackendRow("attention", self.config.num_hidden_layers, attention, slower),
+            BackendRow("attention", sum(kind in _ATTENDING for kind in self.spec.attention_kinds), attention, slower),
             BackendRow("norm", norms, norm.kernel, norm.reason),
             BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
             BackendRow("layers", self.config.num_hidden_layers, layers.kernel, layers.reason),
@@ -277,18 +285,24 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         if moe := self.spec.moe:
             resolved = self._experts_kernel(moe)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
+        if mamba := self.spec.mamba:
+            scan = resolve_mamba(self.backend, weight.device, weight.dtype, mamba.convolved, mamba.conv_kernel)
+            scans = self.spec.attention_kinds.count("linear_attention")
+            rows.insert(1, BackendRow("mamba", scans, scan.kernel, scan.reason))
         return BackendReport(tuple(rows))
 
     def _experts_kernel(self, moe: MoeSpec) -> ResolvedExperts:
         weight, activation = self.lm_head.weight, moe.activation or Gated(self.spec.activation)
-        hidden = self.spec.hidden_size
+        hidden = moe.latent_size or self.spec.hidden_size
         return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             constant = fresh_constant(module, name)
-            if constant is None:
+            if isinstance(module, StateSpace):
+                parameter.copy_(module.fresh_values(name))
+            elif constant is None:
                 parameter.normal_(0.0, self.config.initializer_range)
             else:
                 parameter.fill_(constant)
@@ -298,7 +312,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
 
 def fresh_constant(owner: nn.Module, name: str) -> float | None:
     """What a parameter of `owner` holds before training, None where its values are random; as transformers has it."""
-    if isinstance(owner, RMSNorm):
+    if isinstance(owner, (RMSNorm, GatedGroupNorm)):
         return 1.0
     is_bias = name.endswith("bias")  # experts call theirs down_proj_bias; a router's is random
     return 0.0 if is_bias and not isinstance(owner, TopKRouter) else None

@@ -32,7 +32,7 @@ class DecoderOutput:
     last_hidden_state: torch.Tensor
     past_key_values: Cache | None
     hidden_states: tuple[torch.Tensor, ...]
-    attentions: tuple[torch.Tensor | None, ...]
+    attentions: tuple[torch.Tensor, ...]
     router_logits: tuple[torch.Tensor, ...]
 
 
@@ -96,16 +96,22 @@ class Decoder(nn.Module):
         config: a transformers config of the family.
         spec: what the family makes of it.
         backend: kernels.
+
+    Attributes:
+        layer_class: makes a layer from the spec, its index and the backend.
     """
+
+    layer_class: type[GradientCheckpointingLayer] = DecoderLayer
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: Backend) -> None:
         super().__init__()
         self.config = config
+        self.spec = spec
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, spec.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(spec, i, backend) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(spec, i, backend) for i in range(config.num_hidden_layers)])
         self.norm = hidden_norm(spec, backend)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config) if spec.rope else None
 
     def forward(
         self,
@@ -149,7 +155,7 @@ class Decoder(nn.Module):
         past_key_values = self._cache(past_key_values, use_cache)
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-        cos_BSd, sin_BSd = self.rotary_emb(x_BSD, position_ids)
+        cos_BSd, sin_BSd = (None, None) if self.rotary_emb is None else self.rotary_emb(x_BSD, position_ids)
 
         hidden_states, attentions, router_logits = [x_BSD], [], []
         for layer in self._own_layers():
@@ -163,7 +169,8 @@ class Decoder(nn.Module):
                 cache_position=cache_position,
             )
             hidden_states.append(x_BSD)
-            attentions.append(probabilities)
+            if probabilities is not None:
+                attentions.append(probabilities)
             if logits_NE is not None:
                 router_logits.append(logits_NE)
         x_BSD = self.norm(x_BSD)
@@ -196,7 +203,7 @@ class Decoder(nn.Module):
     ) -> dict[str, torch.Tensor | None]:
         if isinstance(attention_mask, dict):
             return attention_mask
-        packed = position_ids is not None and attention_mask is None and cache is None and _restarts(position_ids)
+        packed = is_packed(position_ids, attention_mask, cache)
         return {
             kind: attention_mask_for(
                 self.config,
@@ -223,6 +230,8 @@ def hidden_norm(spec: DecoderSpec, backend: Backend) -> RMSNorm:
     return RMSNorm(spec.hidden_size, spec.norm_eps, backend, rounds_last=spec.norm_rounds_last)
 
 
-def _restarts(position_ids_BS: torch.Tensor) -> bool:
-    """Whether positions do anything but count up by one along a row."""
+def is_packed(position_ids_BS: torch.Tensor | None, attention_mask: object, cache: Cache | None) -> bool:
+    """Whether rows hold packed documents: positions do not count up by one, and no mask or cache says why."""
+    if position_ids_BS is None or attention_mask is not None or cache is not None:
+        return False
     return bool((position_ids_BS.diff(dim=-1) != 1).any())

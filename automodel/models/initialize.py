@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from automodel.models.causal_lm import NativeCausalLM, fresh_constant
+from automodel.models.mamba import StateSpace
 from automodel.parallel.local import LocalBox, local_boxes
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -21,6 +22,8 @@ _BLOCK_ELEMENTS = 1 << 16
 @torch.no_grad()
 def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
     """Fill every parameter as transformers does: norms with 1, biases and padding with 0, the rest normal.
+
+    What drives a state space has values of its own (`StateSpace.fresh_values`).
 
     Args:
         model: allocated, sharded or not; all processes of the mesh call this together.
@@ -31,7 +34,9 @@ def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
         prefix, _, name = box.name.rpartition(".")
         owner = model.get_submodule(prefix)
         constant = fresh_constant(owner, name)
-        if constant is not None:
+        if isinstance(owner, StateSpace):
+            _fill_state_space(box, owner, name, seed)
+        elif constant is not None:
             box.tensor.fill_(constant)
         else:
             shape = model.get_parameter(box.name).shape
@@ -53,6 +58,11 @@ def _fill_normal(box: LocalBox, shape: tuple[int, ...], std: float, seed: int) -
         low, high = max(first, start), min(last, start + len(block))
         part = block[(slice(low - start, high - start), *inside)]
         box.tensor[low - first : high - first].copy_(part)
+
+
+def _fill_state_space(box: LocalBox, owner: StateSpace, name: str, seed: int) -> None:
+    values = owner.fresh_values(name, torch.Generator().manual_seed(_stream(seed, box.name, 0)))
+    box.tensor.copy_(values[box.offsets[0] : box.offsets[0] + len(box.tensor)])
 
 
 def _stream(seed: int, name: str, start: int) -> int:

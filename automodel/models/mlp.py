@@ -1,4 +1,4 @@
-"""The two kinds of feed-forward layer: one gated MLP, or a router over many.
+"""The kinds of feed-forward layer: one MLP, gated or not, or a router over many.
 
 Legend: B batch, S sequence, D hidden, E experts.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from automodel.backends import Backend
-from automodel.kernels.activations import Gated
+from automodel.kernels.activations import Gated, Ungated
 from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.experts import Experts
 from automodel.moe.group_router import GroupLimitedRouter
@@ -31,16 +31,37 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.activation(gate) * up), None
 
 
+class PlainMLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, spec: DecoderSpec, width: int | None = None) -> None:
+        super().__init__()
+        width = width or spec.mlp_width
+        self.activation = spec.activation
+        self.up_proj = nn.Linear(spec.hidden_size, width, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(width, spec.hidden_size, bias=spec.mlp_bias)
+
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.down_proj(self.activation(self.up_proj(x_BSD))), None
+
+
 class MoeMLP(nn.Module):
-    """A router and the experts that it chooses from, and in some families experts that every token goes through."""
+    """A router and the experts that it chooses from, and in some families experts that every token goes through.
+
+    The chosen experts may work in a narrower space (`latent_size`), which the router and the shared experts do not.
+    """
 
     def __init__(self, spec: DecoderSpec, moe: MoeSpec, backend: Backend) -> None:
         super().__init__()
         self.jitter = moe.jitter
         self.gate = _router(spec.hidden_size, moe)
         activation = moe.activation or Gated(spec.activation)
-        self.experts = Experts(moe.num_experts, spec.hidden_size, moe.width, activation, backend, bias=moe.bias)
-        self.shared_experts = GatedMLP(spec, moe.shared_width) if moe.shared_width else None
+        hidden, latent = spec.hidden_size, moe.latent_size
+        self.experts = Experts(moe.num_experts, latent or hidden, moe.width, activation, backend, bias=moe.bias)
+        shared = PlainMLP if isinstance(activation, Ungated) else GatedMLP
+        self.shared_experts = shared(spec, moe.shared_width) if moe.shared_width else None
+        self.fc1_latent_proj = nn.Linear(hidden, latent, bias=spec.mlp_bias) if latent else None
+        self.fc2_latent_proj = nn.Linear(latent, hidden, bias=spec.mlp_bias) if latent else None
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output [B, S, D] and its router logits [B * S, E]."""
@@ -48,7 +69,11 @@ class MoeMLP(nn.Module):
         if self.training and self.jitter > 0:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
         logits_NE, weight_NK, index_NK = self.gate(x_ND)
-        output_BSD = self.experts(x_ND, index_NK, weight_NK).view_as(x_BSD)
+        if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
+            output_ND = self.experts(x_ND, index_NK, weight_NK)
+        else:
+            output_ND = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x_ND), index_NK, weight_NK))
+        output_BSD = output_ND.view_as(x_BSD)
         if self.shared_experts is not None:
             output_BSD = output_BSD + self.shared_experts(x_BSD)[0]
         return output_BSD, logits_NE
@@ -73,4 +98,5 @@ def _router(hidden_size: int, moe: MoeSpec) -> TopKRouter | GroupLimitedRouter:
         top_groups=moe.groups.top_groups,
         normalize=moe.normalize,
         scale=moe.groups.scale,
+        keeps_float32=moe.groups.keeps_float32,
     )

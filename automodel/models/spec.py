@@ -14,9 +14,10 @@ import torch
 from transformers.activations import ACT2FN
 
 from automodel.compat import PreTrainedConfig
-from automodel.kernels.activations import GatedActivation
+from automodel.kernels.activations import GatedActivation, Ungated
 
-AttentionKind = Literal["full_attention", "sliding_attention"]
+AttentionKind = Literal["full_attention", "sliding_attention", "linear_attention", "mlp", "moe"]
+"""What mixes a layer's tokens; hybrids with one mixer a layer have layers that mix none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,13 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, and the
-    factor on the routing weights."""
+    """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, the factor on
+    the routing weights, and whether the router's projection stays in FP32."""
 
     num_groups: int
     top_groups: int
     scale: float
+    keeps_float32: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,14 @@ class MoeSpec:
         float32_weights: routing weights stay in FP32 until they multiply the experts' outputs.
         jitter: half-width of the uniform noise that multiplies the layer's input in training.
         layers: indices of the layers that have experts.
-        activation: of the gate half and the up half; None is the decoder's activation times the up half.
+        activation: of the gate half and the up half; None is the decoder's activation times the up half. `Ungated` for
+            experts without a gate, the shared ones too.
         bias: the experts' projections carry biases.
         router_bias: the router's projection carries one.
         softmax_over_chosen: routing weights are the softmax of the K largest logits, not of all of them.
         groups: None for routing by softmax.
         shared_width: width of the experts that every token goes through, together; 0 where there are none.
+        latent_size: width of the space that routed experts work in, between two projections; 0 is the hidden size.
     """
 
     num_experts: int
@@ -77,12 +81,50 @@ class MoeSpec:
     layers: frozenset[int]
     float32_weights: bool = False
     jitter: float = 0.0
-    activation: GatedActivation | None = None
+    activation: GatedActivation | Ungated | None = None
     bias: bool = False
     router_bias: bool = False
     softmax_over_chosen: bool = False
     groups: GroupSpec | None = None
     shared_width: int = 0
+    latent_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MambaSpec:
+    """Shape of Mamba-2 layers.
+
+    Attributes:
+        num_heads, head_dim: H and P; their product is the width that the state space works in.
+        groups: G, sets of heads that share the inputs and outputs of their states.
+        state_size: N.
+        conv_kernel: tokens that the convolution sees.
+        chunk_size: tokens that the scan computes at once.
+        time_step_min, time_step_max, time_step_floor: time steps are at least the first; fresh ones spread from it to
+            the second, and are at least the third.
+        bias, conv_bias: of the projections and of the convolution.
+    """
+
+    num_heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    conv_kernel: int
+    chunk_size: int
+    time_step_min: float
+    time_step_max: float
+    time_step_floor: float
+    bias: bool
+    conv_bias: bool
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: values, and inputs and outputs of the states."""
+        return self.inner + 2 * self.groups * self.state_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +137,12 @@ class DecoderSpec:
         qk_norm: RMSNorm over each query and key head before the rotary embedding.
         sinks: each query head has a learned logit that takes a share of the attention and gives nothing for it.
         norm_rounds_last: norms multiply by their weight in FP32 before they round to the dtype of the activations.
-        attention_kinds: full or sliding attention, one entry a layer.
+        attention_kinds: full or sliding attention, or another mixer, one entry a layer.
+        rope: queries and keys are rotated by their position.
+        predict_kinds: mixers of the layers that predict one further token.
         latent: None for attention with keys and values of its own.
         moe: None for a dense family.
+        mamba: None where no layer is of that kind.
     """
 
     hidden_size: int
@@ -117,6 +162,9 @@ class DecoderSpec:
     norm_rounds_last: bool = False
     latent: LatentSpec | None = None
     moe: MoeSpec | None = None
+    mamba: MambaSpec | None = None
+    rope: bool = True
+    predict_kinds: tuple[AttentionKind, ...] = ()
 
 
 def decoder_spec(

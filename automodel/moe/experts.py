@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.tensor import DTensor
 
 from automodel.backends import Backend, resolve_experts
-from automodel.kernels.activations import GatedActivation
+from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 
@@ -45,19 +45,19 @@ class Dispatcher(Protocol):
 
 
 class Experts(nn.Module):
-    """E gated MLPs over rows chosen by a router.
+    """E MLPs, gated or not, over rows chosen by a router.
 
     Args:
         num_experts: E, of the whole layer.
         hidden_size: D.
         width: F.
-        activation: of the gate half and the up half.
+        activation: of the gate half and the up half; `Ungated` for experts without a gate.
         backend: which kernel multiplies.
         bias: whether both projections carry one.
 
     Attributes:
-        gate_up_proj: [E, 2F, D], gate rows then up rows.
-        gate_up_proj_bias: [E, 2F], or None.
+        gate_up_proj: [E, 2F, D], gate rows then up rows. Experts without a gate have `up_proj` [E, F, D] in its place.
+        gate_up_proj_bias: [E, 2F], or None; `up_proj_bias` [E, F] without a gate.
         down_proj: [E, D, F].
         down_proj_bias: [E, D], or None. Being the expert's own, it is weighted by the router like the rest.
         dispatcher: None while all experts are in this process.
@@ -68,7 +68,7 @@ class Experts(nn.Module):
         num_experts: int,
         hidden_size: int,
         width: int,
-        activation: GatedActivation,
+        activation: GatedActivation | Ungated,
         backend: Backend,
         *,
         bias: bool = False,
@@ -78,9 +78,10 @@ class Experts(nn.Module):
         self.activation = activation
         self.backend = backend
         self.dispatcher: Dispatcher | None = None
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.first, rows = ("up_proj", width) if isinstance(activation, Ungated) else ("gate_up_proj", 2 * width)
+        self.register_parameter(self.first, nn.Parameter(torch.empty(num_experts, rows, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
-        for name, size in (("gate_up_proj_bias", 2 * width), ("down_proj_bias", hidden_size)):
+        for name, size in ((f"{self.first}_bias", rows), ("down_proj_bias", hidden_size)):
             self.register_parameter(name, nn.Parameter(torch.zeros(num_experts, size)) if bias else None)
 
     def forward(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,8 @@ class Experts(nn.Module):
     def _parameters_here(self) -> list[torch.Tensor | None]:
         """This process's part of the two projections and their biases."""
         scale = 1.0 if self.dispatcher is None else self.dispatcher.gradient_scale
-        parameters = (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+        names = (self.first, "down_proj", f"{self.first}_bias", "down_proj_bias")
+        parameters = (getattr(self, name) for name in names)
         return [None if parameter is None else _local(parameter, scale) for parameter in parameters]
 
     def extra_repr(self) -> str:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automodel.precision import keep_float32
+
 _NEAR_ZERO = 1e-20
 
 
@@ -29,6 +31,7 @@ class GroupLimitedRouter(nn.Module):
         top_groups: groups that the experts of a token come from.
         normalize: divide the K scores by their sum.
         scale: factor on the routing weights.
+        keeps_float32: the projection's weight is FP32 whatever the module is cast to, as it is published (Nemotron 3).
 
     Attributes:
         e_score_correction_bias: [E], added to the scores for the choice alone. No gradient reaches it. A buffer, so
@@ -48,19 +51,22 @@ class GroupLimitedRouter(nn.Module):
         top_groups: int,
         normalize: bool,
         scale: float,
+        keeps_float32: bool = False,
     ) -> None:
         super().__init__()
+        self.keeps_float32 = keeps_float32
         self.top_k = top_k
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.normalize = normalize
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        dtype = torch.float32 if keeps_float32 else None
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GroupLimitedRouter:
         exact = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(keep_float32(fn) if self.keeps_float32 else fn, recurse)
         if self.e_score_correction_bias.dtype != torch.float32:
             self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
         return self

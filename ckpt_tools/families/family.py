@@ -130,14 +130,14 @@ class Family:
 
     def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
         """`shape` without its optional layers if none of `names` is in one."""
+        there = tuple(kind for kind in shape.layers if not set(kind.split("+")) & self.optional_layers.keys())
         prefixes = tuple(
-            fill(self.optional_layers[kind], layer=index)
+            fill(template, layer=index, predict=index - len(there))
             for index, kind in enumerate(shape.layers)
-            if kind in self.optional_layers
+            for word, template in self.optional_layers.items()
+            if word in kind.split("+")
         )
-        if not prefixes or any(name.startswith(prefixes) for name in names):
-            return shape
-        return replace(shape, layers=tuple(kind for kind in shape.layers if kind not in self.optional_layers))
+        return shape if any(name.startswith(prefixes) for name in names) else replace(shape, layers=there)
 
     def _form(self, name: str) -> Form | None:
         if not name:

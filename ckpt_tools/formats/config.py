@@ -2,7 +2,8 @@
 
 transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype` and falls back silently to defaults when it finds
 only the names of transformers 5, `rope_parameters` and `dtype`. Fields are added, and none is dropped: both spellings,
-and what transformers does not write although vLLM or SGLang read it without a default.
+and what transformers does not write although vLLM or SGLang read it without a default. One value is spelled
+anew instead: Nemotron's `layers_block_type`, in names that all of them take.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _ARCHITECTURES: Final = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -28,6 +30,8 @@ _ARCHITECTURES: Final = {
 _DEEPSEEK_V3: Final = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
 _REQUIRED: Final = {"deepseek_v3": _DEEPSEEK_V3, "kimi_k2": _DEEPSEEK_V3}
 """Fields by `model_type`, with the one value that the family's transformers class computes with."""
+_NEMOTRON_LETTERS: Final = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+_NEMOTRON_SPELLINGS: Final = {"linear_attention": "mamba", "full_attention": "attention"}
 _NESTED: Final = ("text_config", "llm_config")
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
@@ -69,6 +73,8 @@ def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> Non
     model_type = config.get("model_type")
     if model_type in _EXPERT_ALIAS_FAMILIES:
         _mirror(config, *_EXPERT_ALIASES)
+    if model_type == "nemotron_h":
+        _complete_nemotron(config)
     if isinstance(model_type, str):
         for name, value in _REQUIRED.get(model_type, {}).items():
             config.setdefault(name, value)
@@ -78,6 +84,25 @@ def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> Non
         part = config.get(key)
         if isinstance(part, dict):
             _complete(part, dtype, top=False)
+
+
+def _complete_nemotron(config: dict[str, object]) -> None:
+    """The kinds of layer as vLLM's and NVIDIA's own code read them (a string) and as SGLang does (older names).
+
+    SGLang refuses the names that transformers 5 gives kinds of layer; transformers 5 takes the older ones for its own.
+    """
+    for part in ("", "mtp_"):
+        listed, letters = f"{part}layers_block_type", f"{part}hybrid_override_pattern"
+        kinds = config.get(listed)
+        if isinstance(kinds, list):
+            older = [_NEMOTRON_SPELLINGS.get(str(kind), str(kind)) for kind in kinds]
+            config[listed] = older
+            if set(older) <= _NEMOTRON_LETTERS.keys():
+                config.setdefault(letters, "".join(_NEMOTRON_LETTERS[kind] for kind in older))
+    pattern = config.get("hybrid_override_pattern")
+    if isinstance(pattern, str):
+        config.setdefault("num_hidden_layers", len(pattern))
+    _mirror(config, "n_groups", "mamba_n_groups")
 
 
 def _mirror(config: dict[str, object], first: str, second: str) -> None:

@@ -262,7 +262,8 @@ class Rule:
         native: template of its name.
         value: what it is made of.
         when: flags of the family's `Shape` that must be set, joined by `&`; a leading `!` negates one.
-        layers: kind of layer that has it, or None for every layer; ignored for names without `{layer}`.
+        layers: kind of layer that has it, or None for every layer; ignored for names without `{layer}`, the index
+            among all layers, and `{predict}`, that among the layers that predict further tokens.
         stacked: it is stacked over experts along dimension 0 although no leaf name has an `{expert}`.
     """
 

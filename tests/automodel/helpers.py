@@ -66,6 +66,23 @@ DEEPSEEK_V3 = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
 }
+NEMOTRON_H = {
+    **{name: size for name, size in SIZES.items() if name != "num_hidden_layers"},
+    "head_dim": 16,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 12,
+    "chunk_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+}
 YARN_ROPE = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -118,12 +135,32 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **rope(5e5, LLAMA3_ROPE)
     ),
 }
+if hasattr(transformers, "NemotronHConfig"):
+    CONFIGS |= {
+        "nemotron_h": lambda: transformers.NemotronHConfig(**NEMOTRON_H),
+        "nemotron_h dense, biases of MLPs": lambda: transformers.NemotronHConfig(
+            **{**NEMOTRON_H, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+            mlp_bias=True,
+            use_conv_bias=False,
+        ),
+        "nemotron_h latent experts": lambda: transformers.NemotronHConfig(
+            **{**NEMOTRON_H, "n_group": 1}, moe_latent_size=16, norm_topk_prob=False
+        ),
+    }
+
+
+def installed(*names: str) -> list[str]:
+    """Those of `names` whose config class the installed transformers has."""
+    return [name for name in names if name in CONFIGS]
+
+
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def native_state(hf: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """A transformers state dict (or gradients, by the same names) under native names."""
-    out = {name: tensor for name, tensor in hf.items() if ".layers." not in name}
+    renamed = {"model.embeddings.weight": "model.embed_tokens.weight", "model.norm_f.weight": "model.norm.weight"}
+    out = {renamed.get(name, name): tensor for name, tensor in hf.items() if ".layers." not in name}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         part = {name.removeprefix(prefix): tensor for name, tensor in hf.items() if name.startswith(prefix)}
@@ -137,13 +174,17 @@ def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> di
     if "mlp.shared_experts.gate_proj.weight" in part:
         halves = [part.pop(f"mlp.shared_experts.{name}_proj.weight") for name in ("gate", "up")]
         out["mlp.shared_experts.gate_up_proj.weight"] = torch.cat(halves)
+    for name in ("A_log", "D", "dt_bias"):
+        if f"mixer.{name}" in part:
+            out[f"mixer.ssm.{name}"] = part.pop(f"mixer.{name}")
     groups = config.num_key_value_heads
+    for attention in ("self_attn", "mixer"):
+        for kind in ("weight", "bias"):
+            if f"{attention}.k_proj.{kind}" in part:
+                heads = [part.pop(f"{attention}.{name}_proj.{kind}") for name in "qkv"]
+                grouped = torch.cat([h.unflatten(0, (groups, -1)) for h in heads], 1)
+                out[f"{attention}.qkv_proj.{kind}"] = grouped.flatten(0, 1)
     for kind in ("weight", "bias"):
-        if f"self_attn.k_proj.{kind}" in part:
-            heads = [part.pop(f"self_attn.{name}_proj.{kind}") for name in "qkv"]
-            out[f"self_attn.qkv_proj.{kind}"] = torch.cat([h.unflatten(0, (groups, -1)) for h in heads], 1).flatten(
-                0, 1
-            )
         gate, up = part.pop(f"mlp.gate_proj.{kind}", None), part.pop(f"mlp.up_proj.{kind}", None)
         if gate is not None:
             out[f"mlp.gate_up_proj.{kind}"] = torch.cat([gate, up])

@@ -7,7 +7,15 @@ import logging
 import pytest
 import torch
 
-from automodel.backends import Backend, BackendReport, BackendRow, require_attention, resolve_experts, resolve_norm
+from automodel.backends import (
+    Backend,
+    BackendReport,
+    BackendRow,
+    require_attention,
+    resolve_experts,
+    resolve_mamba,
+    resolve_norm,
+)
 from automodel.logging import log_once
 from ckpt_tools.core.errors import UsageError
 
@@ -19,7 +27,10 @@ CPU = torch.device("cpu")
     [
         (None, Backend()),
         ("auto", Backend()),
-        ("torch", Backend(experts="torch", norm="torch", sdpa="torch", layers="eager", loss="torch")),
+        (
+            "torch",
+            Backend(experts="torch", norm="torch", mamba="torch", sdpa="torch", layers="eager", loss="torch"),
+        ),
         ("grouped_mm", Backend(experts="grouped_mm")),
         ({"norm": "fused"}, Backend(norm="fused")),
         (Backend(norm="torch"), Backend(norm="torch")),
@@ -46,6 +57,14 @@ def test_the_automatic_choice_falls_back_with_a_reason_and_the_named_one_refuses
     with pytest.raises(UsageError, match="float64"):
         resolve_experts(Backend(experts="grouped_mm"), CPU, torch.float64, 16, 8)
     assert resolve_experts(Backend(), CPU, torch.bfloat16, 16, 8).kernel == "grouped_mm"
+
+
+def test_mamba_layers_fall_back_with_a_reason_and_fused_kernels_by_name_refuse() -> None:
+    resolved = resolve_mamba(Backend(), CPU, torch.bfloat16, 64, 4)
+    assert (resolved.kernel, resolved.reason) == ("torch", "the fused kernels do not run on cpu")
+    assert resolve_mamba(Backend(mamba="torch"), CPU, torch.bfloat16, 64, 4).reason == "asked for"
+    with pytest.raises(UsageError, match="do not run on cpu"):
+        resolve_mamba(Backend(mamba="fused"), CPU, torch.bfloat16, 64, 4)
 
 
 @pytest.mark.parametrize(

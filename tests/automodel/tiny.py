@@ -99,6 +99,41 @@ def deepseek_v3_model(*, seed: int = 0, predict_layers: int = 1) -> nn.Module:
     return model
 
 
+def nemotron_h_model(*, seed: int = 0, predict_layers: int = 2) -> nn.Module:
+    """A tiny native Nemotron-H in FP32: Mamba-2, latent experts, attention, and two held layers for prediction."""
+    from transformers import NemotronHConfig
+
+    from automodel.models.nemotron_h import NeMoNemotronHForCausalLM
+
+    torch.manual_seed(seed)
+    config = NemotronHConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_num_heads=6,
+        mamba_head_dim=4,
+        n_groups=2,
+        ssm_state_size=4,
+        chunk_size=8,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=24,
+        moe_latent_size=16,
+        num_nextn_predict_layers=1,
+        use_cache=False,
+        initializer_range=0.1,
+    )
+    model = NeMoNemotronHForCausalLM(config, predict_layers=predict_layers)
+    # Not BF16 numbers: rounded values would show.
+    model.model.layers[1].mixer.gate.e_score_correction_bias.copy_(torch.rand(6) * 0.3 + 2**-12)
+    return model
+
+
 def dense_model(*, seed: int = 0, **changes: object) -> nn.Module:
     """A tiny native Llama in FP32."""
     torch.manual_seed(seed)

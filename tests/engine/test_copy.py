@@ -63,6 +63,7 @@ def test_every_checkpoint_comes_back_bit_for_bit_through_any_two_meshes(
     root = tmp_path_factory.mktemp("case")
     config = {
         "num_experts" if family == "qwen3_moe" else "num_local_experts": experts,
+        "n_routed_experts": experts,
         "num_attention_heads": groups * queries,
         "num_key_value_heads": groups,
         "mlp_only_layers": sorted(dense),

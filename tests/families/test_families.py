@@ -53,6 +53,79 @@ DEEPSEEK_V3 = {
     "tie_word_embeddings": False,
 }
 PREDICT = "model.layers.61."
+NEMOTRON_3_NANO = {
+    "model_type": "nemotron_h",
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 1856,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "n_routed_experts": 128,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "vocab_size": 131072,
+}
+
+
+def test_nemotron_3_nano_has_exactly_the_published_names_and_shapes() -> None:
+    published = json.loads(gzip.decompress((MANIFESTS / "NVIDIA-Nemotron-3-Nano-30B-A3B.json.gz").read_bytes()))
+    layout = layout_for(NEMOTRON_3_NANO)
+    assert layout is not None
+    assert len(published) == 6243
+    assert {name: list(leaf.shape) for name, leaf in layout.leaves.items()} == published
+    assert layout.native["model.layers.1.mixer.experts.up_proj"].shape == (128, 1856, 2688)
+    assert layout.native["model.layers.1.mixer.experts.down_proj"].shape == (128, 2688, 1856)
+    assert layout.native["model.layers.5.mixer.qkv_proj.weight"].shape == ((32 + 2 * 2) * 128, 2688)
+    state = {name.partition("mixer.")[2] for name, leaf in layout.leaves.items() if leaf.keep_dtype}
+    assert state == {"A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias"}
+
+
+def test_nemotron_h_reads_its_layers_from_a_pattern_or_a_list_in_either_spelling() -> None:
+    config = {key: value for key, value in CONFIGS["nemotron_h"].items() if "pattern" not in key}
+    by_pattern = layout_for(CONFIGS["nemotron_h"])
+    older = {"layers_block_type": ["mamba", "attention", "moe", "mlp"]}
+    newer = {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+        "mtp_layers_block_type": ["full_attention", "moe"],
+    }
+    assert by_pattern is not None
+    assert by_pattern.layers == (
+        *(f"decoder+{kind}" for kind in older["layers_block_type"]),
+        "predict+predict_attention+predict_first",
+        "predict+predict_moe+predict_last",
+    )
+    for spelling in (older, newer):
+        layout = layout_for({**config, **spelling})
+        assert layout is not None
+        assert (layout.layers, layout.leaves) == (by_pattern.layers, by_pattern.leaves)
+    with pytest.raises(LayoutError, match="hybrid_override_pattern has layers of no known kind: X"):
+        layout_for({**CONFIGS["nemotron_h"], "hybrid_override_pattern": "MX"})
+    with pytest.raises(LayoutError, match="layers_block_type or hybrid_override_pattern"):
+        layout_for(config)
+
+
+def test_nemotron_h_layers_for_multi_token_prediction_have_the_names_of_nemotron_3_super() -> None:
+    layout = layout_for(CONFIGS["nemotron_h"])
+    assert layout is not None
+    ends = {"enorm", "hnorm", "eh_proj", "final_layernorm"}
+    found = {name.removesuffix(".weight") for name in layout.leaves if name.startswith("mtp.")}
+    assert {name for name in found if name.rpartition(".")[2] in ends} == {
+        "mtp.layers.0.enorm",
+        "mtp.layers.0.hnorm",
+        "mtp.layers.0.eh_proj",
+        "mtp.layers.1.final_layernorm",
+    }
+    assert {"mtp.layers.0.norm", "mtp.layers.0.mixer.q_proj", "mtp.layers.1.mixer.experts.3.up_proj"} <= found
+    assert layout.leaves["mtp.layers.0.eh_proj.weight"].shape == (32, 64)
+    names = [name for name in layout.leaves if not name.startswith("mtp.")]
+    assert get_family("nemotron_h").layout(CONFIGS["nemotron_h"], names=names).leaves.keys() == set(names)
 
 
 def test_deepseek_v3_has_exactly_the_published_names_and_shapes() -> None:

@@ -49,6 +49,33 @@ def test_nothing_is_dropped_changed_or_shared_with_the_source(config: dict[str, 
     assert config == before
 
 
+def test_nemotron_names_its_layers_in_every_way_that_readers_take() -> None:
+    published = {"model_type": "nemotron_h", "hybrid_override_pattern": "M*E-", "n_groups": 8, "auto_map": {"A": "b.C"}}
+    assert portable_config(published) == {
+        **published,
+        "architectures": ["NemotronHForCausalLM"],
+        "num_hidden_layers": 4,
+        "mamba_n_groups": 8,
+    }
+    newest = {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+        "mtp_layers_block_type": ["full_attention", "moe"],
+        "mamba_n_groups": 8,
+    }
+    completed = portable_config(newest)
+    assert portable_config(completed) == completed
+    assert completed["hybrid_override_pattern"] == "M*E-"
+    assert completed["mtp_hybrid_override_pattern"] == "*E"
+    assert completed["n_groups"] == 8
+    # SGLang 0.5.23 refuses the newest names, and transformers 5 takes the older ones for them.
+    assert completed["layers_block_type"] == ["mamba", "attention", "moe", "mlp"]
+    config_class = getattr(transformers, "NemotronHConfig", None)
+    if config_class is not None:
+        fields = {key: value for key, value in completed.items() if key != "model_type"}
+        assert config_class(**fields).layers_block_type == newest["layers_block_type"]
+
+
 def test_default_rope_is_spelled_out_for_both() -> None:
     plain = {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     assert portable_config({"rope_theta": 1e4, "rope_scaling": None}) == plain

@@ -22,6 +22,22 @@ ATTENTION = {
 DENSE = ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 96}
 HEADS_SHARE_HIDDEN = DENSE | {"hidden_size": 128}
 """For the families whose readers derive head_dim from hidden_size / num_attention_heads."""
+NEMOTRON_H = {name: value for name, value in ATTENTION.items() if name != "rope_theta"} | {
+    "intermediate_size": 96,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+}
+NEMOTRON_H_MOE = NEMOTRON_H | {
+    "hybrid_override_pattern": "MEM*E",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+}
 QWEN3_MOE = DENSE | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -87,6 +103,9 @@ CASES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
     },
+    "nemotron_h": {"model_type": "nemotron_h", **NEMOTRON_H, "hybrid_override_pattern": "M-M*-"},
+    "nemotron_h-moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE},
+    "nemotron_h-latent_moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE, "moe_latent_size": 32},
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
 }
 
@@ -97,9 +116,12 @@ LIMITS: dict[tuple[str, str], str] = {
 }
 """(reader, case) -> why the reader gives wrong logits for it, from the stock checkpoint just as from ours."""
 
+NEMOTRON_CASES = ("nemotron_h", "nemotron_h-moe", "nemotron_h-latent_moe")
 NOT_RUN: dict[tuple[str, str], str] = {
+    **{("transformers4", case): "it has no such class" for case in NEMOTRON_CASES},
+    **{("sglang", case): "its CPU build has no Mamba-2 scan and no experts without a gate" for case in NEMOTRON_CASES},
     ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
     ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
     ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
 }
-"""(reader, case) that is not asked, and why."""
+"""(reader, case) that is not asked, nor made where the reader is a writer too, and why."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
-from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, GatedActivation
+from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, GatedActivation, Ungated
 from automodel.kernels.experts import expert_mlp, grouped_mm_obstacle
 
 HIDDEN, WIDTH = 16, 8
@@ -16,6 +17,7 @@ COUNTS = {
     "one expert has all": (0, 0, 9, 0),
     "no rows at all": (0, 0, 0, 0),
 }
+RELU_SQUARED = Ungated(ACT2FN["relu2"])
 every_kernel = pytest.mark.parametrize("kernel", ["torch", "grouped_mm"])
 every_count = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
@@ -109,6 +111,29 @@ def test_the_loop_runs_in_float64_and_passes_gradcheck(activation: GatedActivati
     counts = (2, 0, 3, 1)
     tensors = inputs(counts, torch.float64, biases=True)
     assert torch.autograd.gradcheck(lambda *given: run(counts, "torch", given, activation), tensors)
+
+
+@every_kernel
+@every_count
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_experts_without_a_gate_follow_the_formula(
+    kernel: str, counts: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    given = inputs(counts, dtype)
+    given[1] = given[1].detach()[:, :WIDTH].clone().requires_grad_()
+    exact_in = [tensor.detach().double().requires_grad_() for tensor in given]
+    actual = expert_mlp(given[0], torch.tensor(counts), *given[1:], kernel, RELU_SQUARED)
+    x_MD, up, down = exact_in
+    expert_of_row = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    rows = [down[e] @ F.relu(up[e] @ x).square() for x, e in zip(x_MD, expert_of_row, strict=True)]
+    exact = torch.stack(rows) if rows else x_MD
+    torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=tolerance)
+    weight = torch.linspace(-1, 1, exact.numel(), dtype=torch.float64).view_as(exact)
+    (actual * weight.to(dtype)).sum().backward()
+    (exact * weight).sum().backward()
+    for tensor, reference in zip(given, exact_in, strict=True):
+        expected = torch.zeros_like(reference) if reference.grad is None else reference.grad
+        torch.testing.assert_close(tensor.grad.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_clamps_stop_gates_above_and_ups_on_both_sides() -> None:

@@ -5,22 +5,20 @@ On a machine without a GPU Triton's interpreter runs the kernels, in FP32, where
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-on_gpu = torch.cuda.is_available()
-if not on_gpu:
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedActivation  # noqa: E402
-from automodel.kernels.experts import expert_mlp  # noqa: E402
-from automodel.kernels.fused_experts import fused_experts  # noqa: E402
-from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert  # noqa: E402
-from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_rows  # noqa: E402
+from transformers.activations import ACT2FN
 
+from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedActivation, Ungated
+from automodel.kernels.experts import expert_mlp
+from automodel.kernels.fused_experts import fused_experts
+from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
+from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_rows
+
+on_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if on_gpu else "cpu"
 DTYPE = torch.bfloat16 if on_gpu else torch.float32
 TOLERANCE = 4e-2 if on_gpu else 1e-5
@@ -31,24 +29,26 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((actual.double() - exact).norm() / exact.norm()).detach())
 
 
-def inputs(width: int, *, biases: bool) -> list[torch.Tensor]:
+def inputs(width: int, *, biases: bool, parts: int = 2) -> list[torch.Tensor]:
     """Tokens, routing weights, gate and up, down, and the two biases or None."""
     torch.manual_seed(0)
-    shapes = [(TOKENS, HIDDEN), (TOKENS, TOP_K), (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width)]
-    shapes += [(EXPERTS, 2 * width), (EXPERTS, HIDDEN)] if biases else []
+    shapes = [(TOKENS, HIDDEN), (TOKENS, TOP_K), (EXPERTS, parts * width, HIDDEN), (EXPERTS, HIDDEN, width)]
+    shapes += [(EXPERTS, parts * width), (EXPERTS, HIDDEN)] if biases else []
     return [torch.randn(shape, device=DEVICE).to(DTYPE).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize(
-    "activation", [SWIGLU, Gated(torch.nn.SiLU()), ClampedSwiGLU(1.702, 0.7)], ids=["SwiGLU", "SiLU module", "clamped"]
+    "activation",
+    [SWIGLU, Gated(torch.nn.SiLU()), ClampedSwiGLU(1.702, 0.7), Ungated(ACT2FN["relu2"])],
+    ids=["SwiGLU", "SiLU module", "clamped", "ungated"],
 )
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("width", [16, 24])
 @pytest.mark.parametrize("sorted_rows", [False, True], ids=["tokens", "sorted rows"])
 def test_values_and_all_gradients_are_the_references(
-    activation: GatedActivation, biases: bool, width: int, sorted_rows: bool
+    activation: GatedActivation | Ungated, biases: bool, width: int, sorted_rows: bool
 ) -> None:
-    given = inputs(width, biases=biases)
+    given = inputs(width, biases=biases, parts=1 if isinstance(activation, Ungated) else 2)
     exact_in = [tensor.detach().double().requires_grad_() for tensor in given]
     # One expert gets nothing.
     index_NK = torch.rand(TOKENS, EXPERTS - 1, device=DEVICE).topk(TOP_K).indices + 1

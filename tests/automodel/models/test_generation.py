@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from automodel.compat import TRANSFORMERS_5
-from tests.automodel.helpers import CONFIGS, every_config, pair, relative, tokens
+from tests.automodel.helpers import CONFIGS, every_config, installed, pair, relative, tokens
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -19,7 +19,10 @@ def test_greedy_tokens_are_identical(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "mixtral sliding window", "deepseek_v3", "gpt_oss", "qwen2 sliding layers", "llama"]
+    "name",
+    installed(
+        "qwen3_moe", "mixtral sliding window", "deepseek_v3", "gpt_oss", "qwen2 sliding layers", "llama", "nemotron_h"
+    ),
 )
 def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
     theirs, ours = pair(name)
@@ -35,7 +38,7 @@ def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
     assert torch.equal(actual[2, 8:], alone[0, 2:])
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama"])
+@pytest.mark.parametrize("name", installed("qwen3_moe", "deepseek_v3", "gpt_oss", "llama", "nemotron_h"))
 def test_beam_search_and_static_cache_agree(name: str) -> None:
     theirs, ours = pair(name)
     ids = tokens(2, 5)

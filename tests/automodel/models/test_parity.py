@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from automodel.compat import TRANSFORMERS_5
-from tests.automodel.helpers import every_config, native_state, pair, relative, tokens
+from tests.automodel.helpers import every_config, installed, native_state, pair, relative, tokens
 
 
 @every_config
@@ -78,7 +78,7 @@ def test_logits_to_keep_selects_positions(name: str, kept: int | torch.Tensor) -
     assert relative(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama"])
+@pytest.mark.parametrize("name", installed("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama", "nemotron_h"))
 def test_hidden_states_and_attentions_agree(name: str) -> None:
     theirs, ours = pair(name, attention="eager")
     ids = tokens(2, 9)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from automodel.backends import Backend
-from automodel.kernels.activations import SWIGLU, ClampedSwiGLU
+from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Ungated
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.moe.experts import Experts
 
@@ -95,6 +95,25 @@ def test_an_expert_that_no_token_chose_has_a_zero_gradient() -> None:
     experts(*batch()).sum().backward()
     assert not experts.gate_up_proj.grad[EXPERTS - 1].any()
     assert experts.gate_up_proj.grad[: EXPERTS - 1].flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_without_a_gate_have_one_projection_up(bias: bool) -> None:
+    torch.manual_seed(0)
+    experts = Experts(EXPERTS, HIDDEN, WIDTH, Ungated(F.relu), Backend(), bias=bias)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    names = ["up_proj", "down_proj", *(["up_proj_bias", "down_proj_bias"] if bias else [])]
+    assert [name for name, _ in experts.named_parameters()] == names
+    assert experts.up_proj.shape == (EXPERTS, WIDTH, HIDDEN)
+    x_ND, index_NK, weight_NK = batch()
+    expected = torch.zeros(11, HIDDEN)
+    for token in range(11):
+        for expert, weight in zip(index_NK[token], weight_NK[token], strict=True):
+            up = experts.up_proj[expert] @ x_ND[token] + (experts.up_proj_bias[expert] if bias else 0)
+            down = experts.down_proj[expert] @ F.relu(up) + (experts.down_proj_bias[expert] if bias else 0)
+            expected[token] += weight * down
+    torch.testing.assert_close(experts(x_ND, index_NK, weight_NK), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dispatcher_carries_the_rows_and_scales_only_expert_gradients() -> None:

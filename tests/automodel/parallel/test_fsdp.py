@@ -7,13 +7,15 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from automodel.compat import TRANSFORMERS_5
 from automodel.parallel.fsdp import decoder_layers, parallelize
 from automodel.parallel.grad_norm import clip_grad_norm_
 from automodel.parallel.mesh import MeshConfig, MixedPrecision, data_parallel
 from ckpt_tools.core.errors import UsageError
 from tests.automodel.ranks import run_ranks
-from tests.automodel.tiny import batch, deepseek_v3_model, dense_model, gpt_oss_model, moe_model
+from tests.automodel.tiny import batch, deepseek_v3_model, dense_model, gpt_oss_model, moe_model, nemotron_h_model
 
+needs_transformers_5 = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no Nemotron-H")
 GLOBAL_ROWS = 4
 MAX_NORM = 0.5
 
@@ -134,6 +136,43 @@ def _bias_in_forward(mesh_config):
 
 def test_computing_in_bfloat16_leaves_the_correction_bias_in_float32():
     assert run_ranks(2, _bias_in_forward, MeshConfig(dp_shard=1, ep=2)) == [(torch.bfloat16, True)] * 2
+
+
+@needs_transformers_5
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(dp_shard=1, ep=2), MeshConfig(dp_shard=2), MeshConfig(dp_shard=2, ep=2), MeshConfig(dp_shard=1, ep=4)],
+    ids=["ep2", "fsdp2", "fsdp2ep2", "ep4"],
+)
+def test_state_spaces_and_latent_experts_are_the_same_on_any_mesh(mesh):
+    single = step(nemotron_h_model, MeshConfig())
+    ranks = run_ranks(mesh.dp_shard * mesh.ep, step, nemotron_h_model, mesh)
+    assert_same(single, ranks)
+    assert all((grad is None) == name.startswith("mtp.") for name, grad in single[2].items())
+    assert all(single[2][f"model.layers.0.mixer.ssm.{name}"].abs().max() > 0 for name in ("A_log", "D", "dt_bias"))
+
+
+def _state_space_in_forward(mesh_config, dtype):
+    model = nemotron_h_model().to(dtype)
+    ssm = model.model.layers[0].mixer.ssm
+    expected = [-ssm.A_log.exp(), ssm.D.clone()]
+    parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
+    seen = []
+    routed = []
+    model.model.layers[1].mixer.gate.register_forward_pre_hook(lambda module, _: routed.append(module.weight.dtype))
+    ssm.register_forward_hook(lambda _module, _args, values: seen.extend(value.detach() for value in values[1:]))
+    projected = []
+    model.model.layers[0].mixer.in_proj.register_forward_hook(lambda *given: projected.append(given[2].dtype))
+    model(input_ids=batch(2), labels=batch(2)).loss.backward()
+    equal = all(torch.equal(mine, theirs) for mine, theirs in zip(seen, expected, strict=True))
+    return projected[0], routed[0], equal, ssm.A_log.grad.dtype
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computing_in_bfloat16_leaves_state_spaces_and_routers_in_float32(dtype):
+    expected = (torch.bfloat16, torch.float32, True, torch.float32)
+    assert run_ranks(2, _state_space_in_forward, MeshConfig(dp_shard=2), dtype) == [expected] * 2
 
 
 def test_a_process_without_experts_works_beside_fsdp_and_mixed_precision():

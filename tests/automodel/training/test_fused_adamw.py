@@ -6,18 +6,15 @@ On a machine without a GPU Triton's interpreter runs the kernel, where Triton is
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
 
-on_gpu = torch.cuda.is_available()
-if not on_gpu:
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from automodel.training.fused_adamw import FusedAdamW, can_fuse  # noqa: E402
+from automodel.training.fused_adamw import FusedAdamW, can_fuse
 
+on_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if on_gpu else "cpu"
 # The interpreter cuts BF16 where GPUs round.
 HALF = torch.bfloat16 if on_gpu else torch.float16
