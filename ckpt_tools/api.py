@@ -47,7 +47,11 @@ class CopyReport:
         tensors: number of Hugging Face tensors that were moved.
         nbytes: bytes of all files with tensors.
         files: number of files with tensors.
-        casts: number of tensors whose dtype changed.
+        casts: number of tensors whose dtype changed by a cast.
+        dequantized: number of tensors that were stored quantised and are plain now.
+        quantized: number of tensors that are stored quantised now.
+        rounded_tensors: number of those that do not read back bit for bit as the values that they were made of.
+        rounded_values: number of values that do not. Both are 0 for a dry run, which reads none.
         dropped: names that were left out on purpose, with the reason.
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
         memory: upper bound of the buffers in bytes.
@@ -64,6 +68,10 @@ class CopyReport:
     nbytes: int
     files: int
     casts: int
+    dequantized: int
+    quantized: int
+    rounded_tensors: int
+    rounded_values: int
     dropped: dict[str, str]
     skipped: int
     memory: int
@@ -179,10 +187,12 @@ def convert(
         max_file_size=parse_size(max_file_size),
     )
     options = _options(overwrite, threads, memory, progress)
+    rounded: dict[str, int] = {}
     if not dry_run:
         check_duplicates(checkpoint)
-        run_plan(plan, Path(destination), _manifest(plan, resolved), native_side_files(checkpoint), options)
-    return _report(plan, None if dry_run else destination, options, started)
+        side_files = native_side_files(checkpoint)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, rounded, started)
 
 
 def consolidate(
@@ -223,12 +233,13 @@ def consolidate(
     target = _target_layout(checkpoint, quantize)
     plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
     options = _options(overwrite, threads, memory, progress)
+    rounded: dict[str, int] = {}
     if not dry_run:
         check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, started)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, rounded, started)
 
 
 def verify(
@@ -435,6 +446,7 @@ def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
         if form is None:
             return checkpoint.layout
         raise UsageError(f"{checkpoint.root} is of no known family, so its form {form!r} is not known either")
+    get_family(checkpoint.layout.family).check_written(form or "")
     if checkpoint.layout.form == (form or ""):
         return checkpoint.layout
     family, names = get_family(checkpoint.layout.family), checkpoint.layout.native
@@ -471,9 +483,11 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
     return Manifest(layout.family, LAYOUT_VERSION, plan.side, TOOL, layout.leaf_form, source)
 
 
-def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, started: float) -> CopyReport:
+def _report(
+    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: dict[str, int], started: float
+) -> CopyReport:
     source: Checkpoint = plan.source
-    dropped = dict.fromkeys(source.dropped, "a buffer that holds no weights")
+    dropped = dict(source.dropped)
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
     threads = options.bounded_threads(per_thread)
@@ -486,7 +500,11 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
         len(plan.copies),
         plan.nbytes_written,
         len(plan.target.store.files),
-        sum(copy.changes_values for copy in plan.copies),
+        sum(copy.changes_values and not (copy.dequantises or copy.quantises) for copy in plan.copies),
+        sum(copy.dequantises for copy in plan.copies),
+        sum(copy.quantises for copy in plan.copies),
+        len(rounded),
+        sum(rounded.values()),
         dropped,
         len(source.store.skipped),
         threads * per_thread,

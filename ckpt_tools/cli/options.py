@@ -19,6 +19,7 @@ class QuantizedForm(str, Enum):
     """Quantised forms of a Hugging Face repository."""
 
     FP8 = "fp8"
+    FP8_CHANNEL = "fp8-channel"
     MXFP4 = "mxfp4"
 
 

@@ -16,7 +16,7 @@ from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_files
-from ckpt_tools.engine.ends import Plain, leaf_ends, plain
+from ckpt_tools.engine.ends import Plain, decoded_as, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads
 from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents
 from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
@@ -89,7 +89,10 @@ def load_boxes(checkpoint: Checkpoint, boxes: Sequence[Box], *, threads: int | N
     names = {box.name for box in boxes}
     leaves = {p.leaf for name in names for p in checkpoint.layout.native[name].view.pieces}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
-    copies = ((LeafCopy(leaf, 0, incoming[leaf], end), end) for leaf, end in _box_ends(checkpoint.layout, target))
+    copies = (
+        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end)
+        for leaf, end in _box_ends(checkpoint.layout, target)
+    )
     with FileReader(checkpoint.root) as reader:
         _run_parts(copies, reader, _files(boxes), threads)
 
