@@ -66,6 +66,19 @@ class Form:
     plain_modules: str | None = None
     rules: tuple[Rule, ...] | None = None
 
+    def description_in(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The config's own description of quantised tensors where it is one of this form, else None."""
+        described = config.get("quantization_config")
+        fits = isinstance(described, Mapping) and all(
+            described.get(key) == value for key, value in self.quantization_config.items()
+        )
+        return described if fits else None
+
+    def encoding_for(self, config: Mapping[str, Any]) -> Encoding:
+        """The encoding, with scales that are powers of two where the config says that the form has such."""
+        scales = (self.description_in(config) or {}).get("scale_fmt")
+        return ENCODINGS["fp8-ue8m0" if self.encoding == "fp8" and scales == "ue8m0" else self.encoding]
+
 
 def fp8_forms(*matrices: str, lists_plain_modules: bool = True) -> tuple[Form, ...]:
     """The published FP8 forms of a family whose `matrices` are encoded.
@@ -135,7 +148,7 @@ class Family:
         if chosen is None:
             return resolve(self.name, self.rules, shape, None, **extra)
         extra |= {"form": chosen.name, "leaf_form": chosen.name if chosen.rules else ""}
-        encoding, rules = ENCODINGS[chosen.encoding], chosen.rules or self.rules
+        encoding, rules = chosen.encoding_for(config), chosen.rules or self.rules
 
         def encoding_of(template: str, name: str) -> Encoding | None:
             if reads_form:
@@ -161,10 +174,7 @@ class Family:
         form = self._form(layout.form)
         if form is None:
             return None
-        found = dict(form.quantization_config)
-        described = config.get("quantization_config")
-        if isinstance(described, Mapping) and all(described.get(key) == value for key, value in found.items()):
-            found = dict(described)
+        found = dict(form.description_in(config) or form.quantization_config)
         modules = {leaf.name.removesuffix(".weight"): leaf.encoding for leaf in layout.leaves.values()}
         encoded = {name for name, encoding in modules.items() if encoding}
         if form.plain_modules is not None and (

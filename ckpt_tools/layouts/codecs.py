@@ -97,7 +97,9 @@ def _multiply(codes: Bytes, factors: Floats, out: Values) -> None:
         np.copyto(out.view(ml_dtypes.bfloat16), values, casting="same_kind")
 
 
-def encode_fp8(values: Values, out: tuple[Bytes, Floats] | None = None) -> tuple[Bytes, Floats]:
+def encode_fp8(
+    values: Values, out: tuple[Bytes, Floats] | None = None, *, powers_of_two: bool = False
+) -> tuple[Bytes, Floats]:
     """E4M3 codes and block scales of a tensor, or of a stripe of it that starts at a block's first row.
 
     The scale of a block is its largest magnitude divided by 448, so that the largest value becomes 448; a block of
@@ -106,6 +108,7 @@ def encode_fp8(values: Values, out: tuple[Bytes, Floats] | None = None) -> tuple
     Args:
         values: [rows, columns], FP32, or BF16 bits.
         out: codes [rows, columns] and FP32 scales [ceil(rows / 128), ceil(columns / 128)] to fill.
+        powers_of_two: raise every scale to the next power of two (`scale_fmt: ue8m0` of DeepSeek V3.1).
     """
     import numpy as np
 
@@ -118,7 +121,10 @@ def encode_fp8(values: Values, out: tuple[Bytes, Floats] | None = None) -> tuple
         largest = np.zeros(columns, np.float32)
         for chunk in _chunks(top, bottom, columns):
             np.maximum(largest, _largest(values[chunk], axis=0), out=largest)
-        scales[block_row] = _fp8_scales(np.maximum.reduceat(largest, starts))
+        found = _fp8_scales(np.maximum.reduceat(largest, starts))
+        if powers_of_two:
+            found = ((found.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
+        scales[block_row] = found
         factors = scales[block_row].repeat(FP8_BLOCK)[:columns]
         for chunk in _chunks(top, bottom, columns):
             _divide(values[chunk], factors, codes[chunk])

@@ -74,10 +74,17 @@ _SCALES = ("input_scale", "output_scale", "k_scale", "q_scale", "v_scale")
 
 
 class Fp8Blocks:
-    """E4M3 with one FP32 scale for each 128x128 block: `weight` and `weight_scale_inv` (DeepSeek-V3, Qwen3 FP8)."""
+    """E4M3 with one FP32 scale for each 128x128 block: `weight` and `weight_scale_inv` (DeepSeek-V3, Qwen3 FP8).
 
-    name = "fp8"
+    Args:
+        powers_of_two: write scales that are powers of two, as DeepSeek V3.1 has them.
+    """
+
     beside: tuple[str, ...] = _SCALES
+
+    def __init__(self, *, powers_of_two: bool = False) -> None:
+        self.name = "fp8-ue8m0" if powers_of_two else "fp8"
+        self._powers_of_two = powers_of_two
 
     def part_names(self, leaf: str) -> tuple[str, ...]:
         return leaf, f"{leaf}_scale_inv"
@@ -103,7 +110,8 @@ class Fp8Blocks:
         codecs.decode_fp8(*self._views(shape, stored), low // columns, out=_values(out, dtype, columns))
 
     def encode(self, shape: tuple[int, ...], values: memoryview, dtype: DType, out: Buffers) -> None:
-        codecs.encode_fp8(_values(values, dtype, shape[1]), out=self._views(shape, out))
+        scaled = _values(values, dtype, shape[1])
+        codecs.encode_fp8(scaled, out=self._views(shape, out), powers_of_two=self._powers_of_two)
 
     def _views(self, shape: tuple[int, ...], stored: Buffers) -> tuple[Bytes, Floats]:
         return _bytes(stored[0], shape[1]), _floats(stored[1]).reshape(-1, -(-shape[1] // codecs.FP8_BLOCK))
@@ -219,4 +227,5 @@ def _floats(data: memoryview) -> Floats:
     return np.frombuffer(data, np.float32)
 
 
-ENCODINGS: Mapping[str, Encoding] = {form.name: form for form in (Fp8Blocks(), Fp8Rows(), Fp8Tensor(), Mxfp4())}
+_ALL: tuple[Encoding, ...] = (Fp8Blocks(), Fp8Blocks(powers_of_two=True), Fp8Rows(), Fp8Tensor(), Mxfp4())
+ENCODINGS: Mapping[str, Encoding] = {encoding.name: encoding for encoding in _ALL}
