@@ -2,11 +2,12 @@
 
     python benchmarks/quantised.py --rounds 5 --mode warm --data bench-data --json quantised-warm.json
 
-A repository shaped like Qwen3-MoE and one like GPT-OSS, about 1.2 GB each in BF16, and their quantised forms are made
-once. Every round runs each job once, in the same order, as `benchmarks/checkpoints.py` does. `convert` of a quantised
-form writes as many bytes as that of the plain one; `consolidate --quantize` reads as many. The ratio is the median over
-rounds of the plain job's time divided by the job's in the same round. Quantising reads back what it wrote of every
-value and counts those that changed; that is part of its time.
+A repository shaped like Qwen3-MoE (1.3 GB in BF16) and one like GPT-OSS (1.3 GB) are made once, with their native and
+quantised forms. Every round runs each job once, in the same order, as `benchmarks/checkpoints.py` does. Ratios are of
+BF16 bytes per second, which `convert` writes and `consolidate` reads: those of the job over those of the plain job of
+Qwen3-MoE in the same round, medians over rounds (GPT-OSS's own plain form is transposed, which is more than copying).
+Quantising reads back what it wrote until a value of a segment differs; that is part of its time. GPT-OSS's values here
+are those of its MXFP4 form, which come back bit for bit, so there it reads back everything.
 """
 
 from __future__ import annotations
@@ -42,29 +43,29 @@ def run_once(path: Path, *command: str) -> None:
         subprocess.run([*CKPT, *command, str(path), "--quiet"], check=True)
 
 
-def jobs(data: Path) -> list[tuple[Job, str]]:
-    """(job, name of the plain job that it is compared with) in the order of a round; inputs are made where needed."""
-    found: list[tuple[Job, str]] = []
+def jobs(data: Path) -> list[tuple[Job, str, int]]:
+    """(job, plain job that it is compared with, BF16 bytes) in the order of a round; inputs are made where needed."""
+    found: list[tuple[Job, str, int]] = []
     for family, (config, layers, forms) in SHAPES.items():
         plain = make_source(data, layers, config, family)
         native = data / f"{plain.name}-native"
         run_once(native, "convert", str(plain))
-        names = [f"{verb} {family}" for verb in ("cp", "convert", "consolidate")]
-        copy = ["cp", "-r", "--reflink=never", str(plain), "{out}"]
-        found.append((Job(names[0], plain, copy), names[1]))
-        found.append((Job(names[1], plain, [*CKPT, "convert", str(plain), "{out}", "--quiet"]), names[1]))
+        size = sum(file.stat().st_size for file in plain.glob("*.safetensors"))
+        if config is CONFIG:
+            copy = ["cp", "-r", "--reflink=never", str(plain), "{out}"]
+            found.append((Job("cp", plain, copy), "convert", size))
+            found.append((Job("convert", plain, [*CKPT, "convert", str(plain), "{out}", "--quiet"]), "convert", size))
+            command = [*CKPT, "consolidate", str(native), "{out}", "--quiet"]
+            found.append((Job("consolidate", native, command), "consolidate", size))
         for form in forms:
             source = data / f"{plain.name}-{form}"
             if not source.exists():
-                subprocess.run(
-                    [*CKPT, "consolidate", str(native), str(source), "--quantize", form, "--quiet"], check=True
-                )
+                command = [*CKPT, "consolidate", str(native), str(source), "--quantize", form, "--quiet"]
+                subprocess.run(command, check=True)
             command = [*CKPT, "convert", str(source), "{out}", "--dequantize", "--quiet"]
-            found.append((Job(f"convert {family} --dequantize ({form})", source, command), names[1]))
-        found.append((Job(names[2], native, [*CKPT, "consolidate", str(native), "{out}", "--quiet"]), names[2]))
-        for form in forms:
+            found.append((Job(f"convert --dequantize, {form}", source, command), "convert", size))
             command = [*CKPT, "consolidate", str(native), "{out}", "--quantize", form, "--quiet"]
-            found.append((Job(f"consolidate {family} --quantize {form}", native, command), names[2]))
+            found.append((Job(f"consolidate --quantize {form}", native, command), "consolidate", size))
     return found
 
 
@@ -80,33 +81,33 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     prepare = (lambda _: empty_cache()) if arguments.mode == "cold" else fill_cache
     todo = jobs(data)
-    runs: dict[str, list[Run]] = {job.name: [] for job, _ in todo}
+    runs: dict[str, list[Run]] = {job.name: [] for job, _, _ in todo}
     for number in range(arguments.rounds):
-        for job, _ in todo:
+        for job, _, _ in todo:
             runs[job.name].append(measure(job, data / "out", prepare))
             print(f"round {number + 1} {job.name:46} {runs[job.name][-1].seconds:6.2f} s", file=sys.stderr, flush=True)
     shutil.rmtree(data / "out", ignore_errors=True)
-    report(runs, {job.name: plain for job, plain in todo}, data, arguments)
+    report(runs, {job.name: plain for job, plain, _ in todo}, {job.name: size for job, _, size in todo}, arguments)
 
 
-def report(runs: dict[str, list[Run]], plain: dict[str, str], data: Path, arguments: argparse.Namespace) -> None:
+def report(
+    runs: dict[str, list[Run]], plain: dict[str, str], sizes: dict[str, int], arguments: argparse.Namespace
+) -> None:
     """Prints medians and ratios, and writes every run to the JSON file."""
     bare = bare_interpreter()
-    sizes = {
-        family: sum(f.stat().st_size for f in (data / f"{family}-{layers}").glob("*.safetensors"))
-        for family, (_, layers, _) in SHAPES.items()
-    }
-    print(f"{arguments.mode}, {arguments.rounds} rounds, {os.cpu_count()} cores, BF16 bytes {sizes}")
+    print(f"{arguments.mode}, {arguments.rounds} rounds, {os.cpu_count()} cores")
     print(f"{'job':46} {'s':>6} {'x plain':>8} {'CPU s':>6} {'CPU x plain':>12} {'peak MB over Python':>20}")
     rows = []
     for name, measured in runs.items():
         pairs = list(zip(runs[plain[name]], measured, strict=True))
+        scale = sizes[name] / sizes[plain[name]]
         row = {
             "job": name,
             "seconds": statistics.median(r.seconds for r in measured),
-            "ratio_to_plain": statistics.median(p.seconds / r.seconds for p, r in pairs),
+            "bytes": sizes[name],
+            "ratio_to_plain": scale * statistics.median(p.seconds / r.seconds for p, r in pairs),
             "cpu_seconds": statistics.median(r.cpu_seconds for r in measured),
-            "cpu_ratio_to_plain": statistics.median(p.cpu_seconds / r.cpu_seconds for p, r in pairs),
+            "cpu_ratio_to_plain": scale * statistics.median(p.cpu_seconds / r.cpu_seconds for p, r in pairs),
             "peak_mb_over_python": max(0, max(r.peak_bytes for r in measured) - bare) / 1e6,
             "runs": [asdict(r) for r in measured],
         }
@@ -117,7 +118,7 @@ def report(runs: dict[str, list[Run]], plain: dict[str, str], data: Path, argume
         )
     if arguments.json:
         machine = {"cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
-        configuration = {"bytes": sizes, "mode": arguments.mode, "rounds": arguments.rounds, "machine": machine}
+        configuration = {"mode": arguments.mode, "rounds": arguments.rounds, "machine": machine}
         arguments.json.write_text(json.dumps({"configuration": configuration, "jobs": rows}, indent=1) + "\n")
 
 

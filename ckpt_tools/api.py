@@ -50,8 +50,8 @@ class CopyReport:
         casts: number of tensors whose dtype changed by a cast.
         dequantized: number of tensors that were stored quantised and are plain now.
         quantized: number of tensors that are stored quantised now.
-        rounded_tensors: number of those that do not read back bit for bit as the values that they were made of.
-        rounded_values: number of values that do not. Both are 0 for a dry run, which reads none.
+        rounded: number of those that do not read back bit for bit as the values that they were made of; 0 for a dry
+            run, which reads none.
         dropped: names that were left out on purpose, with the reason.
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
         memory: upper bound of the buffers in bytes.
@@ -70,8 +70,7 @@ class CopyReport:
     casts: int
     dequantized: int
     quantized: int
-    rounded_tensors: int
-    rounded_values: int
+    rounded: int
     dropped: dict[str, str]
     skipped: int
     memory: int
@@ -187,7 +186,7 @@ def convert(
         max_file_size=parse_size(max_file_size),
     )
     options = _options(overwrite, threads, memory, progress)
-    rounded: dict[str, int] = {}
+    rounded: frozenset[str] = frozenset()
     if not dry_run:
         check_duplicates(checkpoint)
         side_files = native_side_files(checkpoint)
@@ -233,7 +232,7 @@ def consolidate(
     target = _target_layout(checkpoint, quantize)
     plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
     options = _options(overwrite, threads, memory, progress)
-    rounded: dict[str, int] = {}
+    rounded: frozenset[str] = frozenset()
     if not dry_run:
         check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
@@ -484,7 +483,7 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
 
 
 def _report(
-    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: dict[str, int], started: float
+    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
 ) -> CopyReport:
     source: Checkpoint = plan.source
     dropped = dict(source.dropped)
@@ -504,7 +503,6 @@ def _report(
         sum(copy.dequantises for copy in plan.copies),
         sum(copy.quantises for copy in plan.copies),
         len(rounded),
-        sum(rounded.values()),
         dropped,
         len(source.store.skipped),
         threads * per_thread,

@@ -48,9 +48,9 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
 
 
 def _rounded(report: CopyReport) -> str:
-    if not report.rounded_values:
+    if not report.rounded:
         return "every value reads back bit for bit"
-    return f"{report.rounded_values:,} values in {report.rounded_tensors:,} of them do not read back bit for bit"
+    return f"{report.rounded:,} of them hold values that do not read back bit for bit"
 
 
 def next_step(report: CopyReport, source: str) -> str:

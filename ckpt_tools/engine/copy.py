@@ -90,7 +90,7 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, Path | bytes],
     options: CopyOptions,
-) -> dict[str, int]:
+) -> frozenset[str]:
     """Copies everything into place.
 
     Args:
@@ -101,7 +101,7 @@ def run_plan(
         options: how to run.
 
     Returns:
-        how many values quantising changed, by leaf, where it changed any.
+        names of the leaves that have values that quantising changed.
 
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.

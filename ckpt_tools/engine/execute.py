@@ -52,11 +52,11 @@ class Outcome:
 
     Attributes:
         digest: of what the target stores of it.
-        rounded: how many of its values quantising changed.
+        exact: False if quantising changed a value.
     """
 
     digest: bytes
-    rounded: int
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class Executed:
 
     Attributes:
         digests: of each leaf in the target.
-        rounded: values that quantising changed, by leaf, where it changed any.
+        rounded: names of those with values that quantising changed.
     """
 
     digests: dict[str, str]
-    rounded: dict[str, int]
+    rounded: frozenset[str]
 
 
 @dataclass
@@ -141,8 +141,8 @@ def execute(
                 f"{copy.name} does not have the digest that the source's manifest records",
                 hint="the source is damaged: fetch it again, or see `ckpt verify`",
             )
-    rounded = {name: sum(outcome.rounded for outcome in outcomes) for name, outcomes in segments.items()}
-    return Executed(digests, {name: count for name, count in rounded.items() if count})
+    rounded = (name for name, outcomes in segments.items() if not all(outcome.exact for outcome in outcomes))
+    return Executed(digests, frozenset(rounded))
 
 
 def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:
@@ -180,14 +180,15 @@ def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | N
 
 def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> Outcome:
     """Copies one segment."""
-    copy, digest, rounded = task.copy, Digest(), 0
+    copy, digest, exact = task.copy, Digest(), True
     if copy.target is None:
         raise ValueError(f"{copy.name} has no target")
     for window in windows(task, reader):
-        rounded += copy.target.drain(window, copy.source.dtype, writer, digest)
+        # One value that changed answers for the leaf: reading back what follows would only cost time.
+        exact &= copy.target.drain(window, copy.source.dtype, writer, digest, check=exact)
         if progress is not None:
             progress.advance(len(window.data))
-    return Outcome(digest.digest(), rounded)
+    return Outcome(digest.digest(), exact)
 
 
 def windows(task: Task, reader: Reader) -> Iterator[Window]:

@@ -22,7 +22,7 @@ from ckpt_tools.engine.execute import Journal, Outcome
 from ckpt_tools.engine.files import storage_errors
 
 JOURNAL = ".ckpt-journal"
-_RECORD = struct.Struct("<QQ16s")
+_RECORD = struct.Struct("<Q?16s")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -104,7 +104,7 @@ class Staging:
         if content.startswith(key):
             records = content[len(key) :]
             whole = len(records) - len(records) % _RECORD.size
-            done = {n: Outcome(digest, rounded) for n, rounded, digest in _RECORD.iter_unpack(records[:whole])}
+            done = {n: Outcome(digest, exact) for n, exact, digest in _RECORD.iter_unpack(records[:whole])}
             return FileJournal(path, done, len(key) + whole)
         self.restart()
         with storage_errors("write", path):
@@ -149,7 +149,7 @@ class Staging:
 
 
 class FileJournal(Journal):
-    """A journal on disk. One record of 32 bytes a segment, appended in one write, so a kill leaves whole records.
+    """A journal on disk. One record of 25 bytes a segment, appended in one write, so a kill leaves whole records.
 
     It is not synced: after a kill the kernel still holds what was written, and after a crash of the machine the boot
     id differs and the journal does not count.
@@ -164,7 +164,7 @@ class FileJournal(Journal):
 
     def record(self, number: int, outcome: Outcome) -> None:
         with storage_errors("write", self._path):
-            os.write(self._fd, _RECORD.pack(number, outcome.rounded, outcome.digest))
+            os.write(self._fd, _RECORD.pack(number, outcome.exact, outcome.digest))
         super().record(number, outcome)
 
     def close(self) -> None:

