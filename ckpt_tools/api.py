@@ -160,7 +160,8 @@ def convert(
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
         dtype: cast floating-point tensors; None keeps every dtype.
-        dequantize: turn FP8 and MXFP4 tensors into BF16, which the native layout holds; refused otherwise.
+        dequantize: turn FP8 and MXFP4 tensors into BF16, or into F32 where `dtype` asks for it, unrounded; the native
+            layout holds no codes, so a quantised source is refused otherwise.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
@@ -217,7 +218,8 @@ def consolidate(
         source: directory of the checkpoint.
         destination: directory to make.
         dtype: cast floating-point tensors; None keeps every dtype.
-        quantize: `fp8` or `mxfp4`, where the family is published in that form; None writes plain tensors.
+        quantize: `fp8` (blocks of 128x128), `fp8-channel` (a scale a row, compressed-tensors) or `mxfp4`, where the
+            family is published in that form; None writes plain tensors.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.

@@ -213,7 +213,7 @@ def test_fp8_with_a_scale_a_row_is_the_nearest_code_and_described_as_compressed_
     scales = np.abs(exact).max(axis=1, keepdims=True) / 448
     finite = np.unique(E4M3[np.isfinite(E4M3)])
     nearest = np.abs(finite[None, None] - (exact / scales)[..., None]).min(axis=-1)
-    assert np.all(np.abs(found / scales - exact / scales) <= nearest * (1 + 1e-5) + 1e-5)
+    assert np.all(np.abs(found / scales - exact / scales) <= nearest + 1e-3)
     assert open_checkpoint(tmp_path / "out").layout.form == "fp8-channel"
     verify(tmp_path / "out")
 
