@@ -86,7 +86,7 @@ def _multiply(codes: Bytes, factors: Floats, out: Values) -> None:
     bits &= -0x78100000
     nan = (codes & 0x7F) == 0x7F
     if nan.any():
-        bits[nan] |= 0x7FC00000
+        bits[nan] = np.where(bits[nan] < 0, -0x400000, 0x7FC00000)
     values = bits.view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         values *= np.float32(2.0**120)
