@@ -17,10 +17,12 @@ from ckpt_tools import consolidate, convert, inspect, verify
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, MismatchError, UsageError
 from ckpt_tools.engine.checkpoint import open_checkpoint
+from ckpt_tools.engine.files import FileReader
 from ckpt_tools.engine.memory import Box, load_boxes
 from ckpt_tools.engine.sharding import ShardingMesh, boxes
 from ckpt_tools.families import get_family
 from ckpt_tools.layouts.codecs import encode_fp8
+from ckpt_tools.layouts.encodings import VALUES
 from tests.checkpoints import CONFIGS, make_repository, tensor_bytes
 from tests.quantised import ALL_FORMS, E4M3, WIDE, as_bf16, config_of, decoded, make_quantised, overwrite
 
@@ -125,6 +127,28 @@ def test_what_a_rank_loads_of_a_quantised_repository_is_its_part_of_the_values(
             for opened, data in zip((checkpoint, native), found, strict=True):
                 load_boxes(opened, [Box(name, offsets, sizes, native.store.tensors[name].dtype, data)])
             assert found[0] == found[1], name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_rank_reads_hardly_more_than_the_codes_of_its_own_part(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_quantised(tmp_path / "source", family))
+    layout, read, wanted = checkpoint.layout, [0], 0
+    original = FileReader.read
+
+    def counting(self: FileReader, file: str, position: int, into: memoryview) -> None:
+        read[0] += len(into)
+        original(self, file, position, into)
+
+    monkeypatch.setattr(FileReader, "read", counting)
+    for name, tensor in layout.native.items():
+        encoding = layout.leaves[tensor.view.pieces[0].leaf].encoding
+        for owner, offsets, sizes in boxes(tensor.shape, ShardingMesh(2, 2), stacked=name in layout.stacked):
+            if owner == 1 and encoding is not None:
+                load_boxes(checkpoint, [Box(name, offsets, sizes, VALUES, memoryview(bytearray(2 * prod(sizes))))])
+                wanted += prod(sizes) // (1 if encoding.name == "fp8" else 2)
+    assert wanted <= read[0] <= 1.15 * wanted
 
 
 @pytest.mark.parametrize(("family", "form"), [(f, form) for f, form in ALL_FORMS if form != "fp8-tensor"])
