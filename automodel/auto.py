@@ -38,6 +38,9 @@ _LOADER_ARGUMENTS = frozenset({"device_map", "gguf_file", "output_loading_info",
 
 _HONOURED = frozenset({"device_map", "output_loading_info", "quantization_config"})
 _ONLY_OFF = (None, False)
+DEQUANTISED = ("fp8", "mxfp4", "compressed-tensors", "modelopt")
+"""Quantisation methods of checkpoints that native models read; names and dtypes decide which form it is."""
+
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "low_cpu_mem_usage": (None, True, False),
     "use_safetensors": (None, True),
@@ -72,6 +75,8 @@ class _NeMoAutoModel:
         **kwargs: Any,
     ) -> PreTrainedModel:
         """A model with the weights of a checkpoint, in evaluation mode; drop-in for transformers' method.
+
+        Weights in FP8 and MXFP4 become plain parameters while they are read, those of each process alone.
 
         Args:
             pretrained_model_name_or_path: directory of a Hugging Face repository or of a native checkpoint, or
@@ -108,9 +113,8 @@ class _NeMoAutoModel:
                 request, pretrained_model_name_or_path, location, config, mesh, _device(device, {}), revision, unused
             )
         device = _device(device, unused)
-        if location.is_native:
-            config = _unquantised(config)
         _refuse_unsupported(model_class, config, model_args, unused)
+        config = _unquantised(config)
         if not location.has_weights:
             location = locate(pretrained_model_name_or_path, revision=revision, options=kwargs)
         checkpoint = open_checkpoint(location.root)
@@ -271,7 +275,7 @@ def count_predict_layers(checkpoint: Checkpoint) -> int:
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of plain parameters: native checkpoints keep the config of a quantised source as it was."""
+    """The config of plain parameters, which is what a model has whatever its checkpoint is stored in."""
     if getattr(config, "quantization_config", None) is not None:
         config = copy.copy(config)
         del config.quantization_config
@@ -284,7 +288,7 @@ def _dtype_of(wanted: object, config: PreTrainedConfig, checkpoint: Checkpoint) 
     found = config_dtype(config)
     if found is not None:
         return found
-    floats = [tensor.dtype.torch_name for tensor in checkpoint.store.tensors.values() if tensor.dtype.is_float]
+    floats = [dtype.torch_name for dtype in checkpoint.leaf_dtypes().values() if dtype.is_float]
     return getattr(torch, floats[0]) if floats else torch.get_default_dtype()
 
 
@@ -312,14 +316,19 @@ def _refuse_unsupported(
     """Refuse what a native model cannot honour, so that no argument is ignored in silence.
 
     Raises:
-        UsageError: a quantised checkpoint, or an argument without a meaning here.
+        UsageError: a checkpoint in a form that cannot be dequantised, or an argument without a meaning here.
     """
-    quantization = getattr(config, "quantization_config", None) or options.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "") if isinstance(quantization, Mapping) else quantization
+    described = getattr(config, "quantization_config", None)
+    method = described.get("quant_method", "") if isinstance(described, Mapping) else described
+    if described and method not in DEQUANTISED:
         raise UsageError(
-            f"{model_class.__name__} does not load quantised checkpoints ({method})",
-            hint="`ckpt convert --dequantize` makes a native checkpoint of it that loads; transformers' class may, too",
+            f"{model_class.__name__} does not load checkpoints quantised by {method}, only by {', '.join(DEQUANTISED)}",
+            hint=f"transformers' {model_class.transformers_architecture} may",
+        )
+    if options.get("quantization_config"):
+        raise UsageError(
+            f"{model_class.__name__} does not quantise its parameters",
+            hint="leave quantization_config out; a quantised checkpoint is dequantised as it is read",
         )
     refused = ["positional arguments"] if model_args else []
     refused += sorted(name for name, value in options.items() if not _is_harmless(name, value))

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,10 +77,10 @@ class Job:
     command: list[str]
 
 
-def make_source(root: Path, layers: int) -> Path:
+def make_source(root: Path, layers: int, shape: Mapping[str, object] = CONFIG, label: str = "hf") -> Path:
     """The repository, made once; its values are random finite BF16 numbers."""
-    config = {**CONFIG, "num_hidden_layers": layers}
-    source = root / f"hf-{layers}"
+    config = {**shape, "num_hidden_layers": layers}
+    source = root / f"{label}-{layers}"
     if source.exists():
         return source
     layout = layout_for(config)

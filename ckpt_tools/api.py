@@ -47,7 +47,11 @@ class CopyReport:
         tensors: number of Hugging Face tensors that were moved.
         nbytes: bytes of all files with tensors.
         files: number of files with tensors.
-        casts: number of tensors whose dtype changed.
+        casts: number of tensors whose dtype changed by a cast.
+        dequantized: number of tensors that were stored quantised and are plain now.
+        quantized: number of tensors that are stored quantised now.
+        rounded: number of those that do not read back bit for bit as the values that they were made of; 0 for a dry
+            run, which reads none.
         dropped: names that were left out on purpose, with the reason.
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
         memory: upper bound of the buffers in bytes.
@@ -64,6 +68,9 @@ class CopyReport:
     nbytes: int
     files: int
     casts: int
+    dequantized: int
+    quantized: int
+    rounded: int
     dropped: dict[str, str]
     skipped: int
     memory: int
@@ -153,7 +160,8 @@ def convert(
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
         dtype: cast floating-point tensors; None keeps every dtype.
-        dequantize: turn FP8 and MXFP4 tensors into BF16, which the native layout holds; refused otherwise.
+        dequantize: turn FP8 and MXFP4 tensors into BF16, or into F32 where `dtype` asks for it, unrounded; the native
+            layout holds no codes, so a quantised source is refused otherwise.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
@@ -179,10 +187,12 @@ def convert(
         max_file_size=parse_size(max_file_size),
     )
     options = _options(overwrite, threads, memory, progress)
+    rounded: frozenset[str] = frozenset()
     if not dry_run:
         check_duplicates(checkpoint)
-        run_plan(plan, Path(destination), _manifest(plan, resolved), native_side_files(checkpoint), options)
-    return _report(plan, None if dry_run else destination, options, started)
+        side_files = native_side_files(checkpoint)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, rounded, started)
 
 
 def consolidate(
@@ -208,7 +218,8 @@ def consolidate(
         source: directory of the checkpoint.
         destination: directory to make.
         dtype: cast floating-point tensors; None keeps every dtype.
-        quantize: `fp8` or `mxfp4`, where the family is published in that form; None writes plain tensors.
+        quantize: `fp8` (blocks of 128x128), `fp8-channel` (a scale a row, compressed-tensors) or `mxfp4`, where the
+            family is published in that form; None writes plain tensors.
         family: name of the family, `identity` to keep names; None reads it from config.json.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
@@ -223,12 +234,13 @@ def consolidate(
     target = _target_layout(checkpoint, quantize)
     plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
     options = _options(overwrite, threads, memory, progress)
+    rounded: frozenset[str] = frozenset()
     if not dry_run:
         check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, started)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, rounded, started)
 
 
 def verify(
@@ -435,6 +447,7 @@ def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
         if form is None:
             return checkpoint.layout
         raise UsageError(f"{checkpoint.root} is of no known family, so its form {form!r} is not known either")
+    get_family(checkpoint.layout.family).check_written(form or "")
     if checkpoint.layout.form == (form or ""):
         return checkpoint.layout
     family, names = get_family(checkpoint.layout.family), checkpoint.layout.native
@@ -471,9 +484,11 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
     return Manifest(layout.family, LAYOUT_VERSION, plan.side, TOOL, layout.leaf_form, source)
 
 
-def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, started: float) -> CopyReport:
+def _report(
+    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
+) -> CopyReport:
     source: Checkpoint = plan.source
-    dropped = dict.fromkeys(source.dropped, "a buffer that holds no weights")
+    dropped = dict(source.dropped)
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
     threads = options.bounded_threads(per_thread)
@@ -486,7 +501,10 @@ def _report(plan: Plan, destination: str | Path | None, options: CopyOptions, st
         len(plan.copies),
         plan.nbytes_written,
         len(plan.target.store.files),
-        sum(copy.changes_values for copy in plan.copies),
+        sum(copy.changes_values and not (copy.dequantises or copy.quantises) for copy in plan.copies),
+        sum(copy.dequantises for copy in plan.copies),
+        sum(copy.quantises for copy in plan.copies),
+        len(rounded),
         dropped,
         len(source.store.skipped),
         threads * per_thread,

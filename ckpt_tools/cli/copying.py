@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ckpt_tools.api import CopyReport
 
 _SIDES = {"hf": "Hugging Face", "native": "native"}
+_LISTED = 5
+"""Names left out for one reason that are shown one by one."""
 
 
 def copy_lines(report: CopyReport) -> list[str]:
@@ -26,8 +28,16 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
     yield "from", f"{report.source} ({report.family}, {_SIDES[report.source_side]})"
     yield "to", f"{_SIDES[report.target_side]}, {counted(report.files, 'file')}, {format_size(report.nbytes)}"
     yield "tensors", f"{report.tensors:,}" + (f", {report.casts:,} of them cast" if report.casts else "")
-    for name, reason in report.dropped.items():
-        yield "left out", f"{name}: {reason}"
+    if report.dequantized:
+        yield "dequantised", counted(report.dequantized, "tensor")
+    if report.quantized:
+        yield "quantised", counted(report.quantized, "tensor") + ("" if planned else f"; {_rounded(report)}")
+    for reason in dict.fromkeys(report.dropped.values()):
+        names = [name for name, why in report.dropped.items() if why == reason]
+        for name in names if len(names) <= _LISTED else names[:1]:
+            yield "left out", f"{name}: {reason}"
+        if len(names) > _LISTED:
+            yield "left out", f"{len(names) - 1:,} more of the kind"
     if report.skipped:
         yield "skipped", f"{counted(report.skipped, 'entry', 'entries')} that are not weights of the model"
     if planned:
@@ -35,6 +45,12 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
     else:
         rate = f" ({format_size(report.nbytes / report.seconds)}/s)" if report.seconds else ""
         yield "time", f"{duration(report.seconds)}{rate}"
+
+
+def _rounded(report: CopyReport) -> str:
+    if not report.rounded:
+        return "every value reads back bit for bit"
+    return f"{report.rounded:,} of them hold values that do not read back bit for bit"
 
 
 def next_step(report: CopyReport, source: str) -> str:

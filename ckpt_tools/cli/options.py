@@ -19,6 +19,7 @@ class QuantizedForm(str, Enum):
     """Quantised forms of a Hugging Face repository."""
 
     FP8 = "fp8"
+    FP8_CHANNEL = "fp8-channel"
     MXFP4 = "mxfp4"
 
 
@@ -82,11 +83,14 @@ Dtype = Annotated[
 ]
 Dequantize = Annotated[
     bool,
-    typer.Option("--dequantize", help="Turn FP8 and MXFP4 tensors into BF16; a quantised source is refused without."),
+    typer.Option(
+        "--dequantize",
+        help="Turn FP8 and MXFP4 tensors into BF16, or into --dtype; a quantised source is refused without.",
+    ),
 ]
 Quantize = Annotated[
     QuantizedForm | None,
-    typer.Option("--quantize", help="Write the quantised form that the family is published in. Example: mxfp4."),
+    typer.Option("--quantize", help="Write a quantised form that the family is published in. Example: mxfp4."),
 ]
 Family = Annotated[
     str | None,

@@ -35,7 +35,7 @@ class Checkpoint:
         side_files: their relative paths.
         manifest: its `ckpt-manifest.json`, or None.
         duplicates: tied names that the files hold although the config shares them, with the name they share.
-        dropped: names left out because they hold no weights.
+        dropped: names left out because they hold no weights, with the reason.
     """
 
     root: Path
@@ -47,7 +47,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     manifest: Manifest | None = None
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
 
     @property
     def digests(self) -> Mapping[str, str] | None:
@@ -133,12 +133,15 @@ def read_config(root: Path) -> Mapping[str, Any]:
 
 def _recognise(
     store: Store, config: Mapping[str, Any], family: str | None, form: str, path: Path
-) -> tuple[Layout, Side, dict[str, StoredTensor], tuple[str, ...]]:
+) -> tuple[Layout, Side, dict[str, StoredTensor], dict[str, str]]:
     chosen = None if family == "identity" else get_family(family) if family else family_of(config)
     if chosen is None:
-        return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, ()
+        return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, {}
     layout = chosen.layout(config, names=store.tensors.keys())
-    dropped = tuple(name for name in store.tensors if any(match(t, name) for t in layout.dropped))
+    dropped = {
+        name: "a buffer that holds no weights" for name in store.tensors if any(match(t, name) for t in layout.dropped)
+    }
+    dropped |= dict.fromkeys(layout.beside & store.tensors.keys(), "a scale of activations, which plain weights lack")
     duplicates = {name: store.tensors[name] for name in layout.tied if name in store.tensors}
     for name in (*dropped, *duplicates):
         del store.tensors[name]
@@ -151,21 +154,23 @@ def _recognise(
     return layout, side, duplicates, dropped
 
 
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
 def _check_shapes(checkpoint: Checkpoint) -> None:
     layout = checkpoint.layout
     wrong = []
     shapes = layout.shapes(checkpoint.side)
+    encoded = [leaf for leaf in layout.leaves.values() if leaf.encoding] if checkpoint.side == "hf" else []
+    parts = {p.name: (p, leaf) for leaf in encoded if leaf.encoding for p in leaf.encoding.parts(leaf.name, leaf.shape)}
     for name, tensor in checkpoint.store.tensors.items():
-        if tensor.shape != shapes[name]:
+        if tensor.shape != shapes[name] and not (name in parts and _squeezed(tensor.shape) == _squeezed(shapes[name])):
             wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
-    for leaf in layout.leaves.values() if checkpoint.side == "hf" else ():
-        if leaf.encoding is not None:
-            for part in leaf.encoding.parts(leaf.name, leaf.shape):
-                dtype = checkpoint.store.tensors[part.name].dtype
-                if dtype is not part.dtype:
-                    wrong.append(
-                        f"{part.name} is {dtype}, the {leaf.encoding.name} form of {leaf.name} has {part.dtype}"
-                    )
+    for part, leaf in parts.values():
+        dtype = checkpoint.store.tensors[part.name].dtype
+        if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):
+            wrong.append(f"{part.name} is {dtype}, the {layout.form} form of {leaf.name} has {part.dtype}")
     for name, tensor in checkpoint.duplicates.items():
         other = checkpoint.store.tensors[layout.tied[name]]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):

@@ -17,12 +17,14 @@ from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
+from ckpt_tools.layouts.codecs import SCRATCH
 
 PER_THREAD = 4 * WINDOW
 """Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided run."""
 
-PER_ENCODED_ITEM = 32
-"""Upper bound of the bytes that a thread holds for each item of a window that is quantised: FP32 copies and codes."""
+PER_ENCODED_ITEM = 16
+"""Upper bound of the bytes that a thread holds for each item of a window that is quantised: values, codes, and the
+values that they read back as."""
 
 SLACK = 16 << 20
 """Disk left free beyond the plan, for the journal and the file system's own records."""
@@ -65,7 +67,8 @@ class CopyOptions:
 def thread_bytes(plan: Plan) -> int:
     """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large."""
     encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
-    return max(PER_THREAD, PER_ENCODED_ITEM * max(encoded, default=0))
+    items = max(encoded, default=0)
+    return max(PER_THREAD, PER_ENCODED_ITEM * items + SCRATCH) if items else PER_THREAD
 
 
 def check_disk(destination: Path, needed: int) -> None:
@@ -87,8 +90,8 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, Path | bytes],
     options: CopyOptions,
-) -> Manifest:
-    """Copies everything into place and returns the manifest that was written with it.
+) -> frozenset[str]:
+    """Copies everything into place.
 
     Args:
         plan: the proven plan.
@@ -96,6 +99,9 @@ def run_plan(
         manifest: what to record; its digests are filled in.
         side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
         options: how to run.
+
+    Returns:
+        names of the leaves that have values that quantising changed.
 
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
@@ -108,7 +114,7 @@ def run_plan(
         with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
             try:
-                manifest.tensors = execute(
+                executed = execute(
                     plan.copies,
                     reader,
                     writer,
@@ -117,6 +123,7 @@ def run_plan(
                     progress=options.progress,
                     expected=plan.source.digests,
                 )
+                manifest.tensors = executed.digests
                 reader.check_unchanged()
             except MismatchError:
                 journal.close()
@@ -126,7 +133,7 @@ def run_plan(
         journal.close()
         write_side_files(staging, plan.target.documents, side_files, manifest)
         staging.commit()
-    return manifest
+    return executed.rounded
 
 
 def write_frames(target: TargetFiles, writer: FileWriter) -> None:

@@ -7,19 +7,22 @@ stored bytes of an end, not over decoded values, so they can be checked without 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import xxhash
 
 from ckpt_tools.core.dtypes import DTYPES, DType
+from ckpt_tools.core.scratch import scratch
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.cast import cast
 from ckpt_tools.engine.extents import Extent, addressable, leaf_extents, native_extents
 from ckpt_tools.engine.prove import prove_leaf
-from ckpt_tools.engine.transfer import Reader, Window, Writer, gather, scatter
+from ckpt_tools.engine.transfer import Reader, Window, Writer, equal, gather, scatter
 from ckpt_tools.layouts.encodings import VALUES, Encoding, Part
 from ckpt_tools.layouts.layout import Layout, LeafTensor, Side
+
+F32 = DTYPES["F32"]
 
 
 class Digest:
@@ -71,11 +74,12 @@ class Plain:
         """Reads the window's values."""
         gather(self.extents, window, reader)
 
-    def drain(self, window: Window, dtype: DType, writer: Writer, digest: Digest) -> None:
-        """Writes the window's values, given as `dtype`."""
+    def drain(self, window: Window, dtype: DType, writer: Writer, digest: Digest, *, check: bool = False) -> bool:  # noqa: ARG002
+        """Writes the window's values, given as `dtype`. Returns True: only quantising is checked."""
         data = window.data if dtype is self.dtype else cast(window.data, dtype, self.dtype)
         digest.update(0, data)
         scatter(self.extents, Window(data, window.low, window.high, self.itemsize), writer)
+        return True
 
     def stored(self, low: int, high: int, reader: Reader) -> Iterator[tuple[int, memoryview]]:
         """(part number, stored bytes) of items `[low, high)`."""
@@ -123,30 +127,62 @@ class Encoded:
         """Reads and decodes the window's values, at any alignment."""
         step = self.read_step
         low, high = window.low - window.low % step, -(-window.high // step) * step
-        stored = tuple(data for _, data in self.stored(low, high, reader))
-        values = self.encoding.decode(self.shape, low, stored)
-        begin = (window.low - low) * self.itemsize
-        window.data[:] = values[begin : begin + len(window.data)]
+        stored = tuple(
+            data if end.dtype is part.dtype else cast(data, end.dtype, part.dtype)
+            for (_, data), end, part in zip(self.stored(low, high, reader), self.ends, self.parts, strict=True)
+        )
+        aligned = (low, high) == (window.low, window.high)
+        values = window.data if aligned else scratch("decoded window", (high - low) * self.itemsize)
+        self.encoding.decode(self.shape, low, stored, self.dtype, values)
+        if not aligned:
+            begin = (window.low - low) * self.itemsize
+            window.data[:] = values[begin : begin + len(window.data)]
 
-    def drain(self, window: Window, dtype: DType, writer: Writer, digest: Digest) -> None:
-        """Encodes the window's values, given as `dtype`, and writes them; the window is aligned to `write_step`."""
-        values = cast(window.data, dtype, DTYPES["F32"]) if dtype.name != "F32" else window.data
+    def drain(self, window: Window, dtype: DType, writer: Writer, digest: Digest, *, check: bool = False) -> bool:
+        """Encodes the window's values, given as `dtype`, and writes them; the window is aligned to `write_step`.
+
+        Returns:
+            whether they read back as they were to the last bit; True where `check` does not ask for it.
+        """
+        values = window.data
+        if dtype is not VALUES and dtype is not F32:
+            values, dtype = cast(values, dtype, F32), F32
         ranges = self.encoding.ranges(self.shape, window.low, window.high)
-        encoded = self.encoding.encode(self.shape, values)
+        encoded = tuple(
+            scratch(f"part {number}", (high - low) * end.itemsize)
+            for number, (end, (low, high)) in enumerate(zip(self.ends, ranges, strict=True))
+        )
+        self.encoding.encode(self.shape, values, dtype, encoded)
         for number, (end, (low, high), data) in enumerate(zip(self.ends, ranges, encoded, strict=True)):
             digest.update(number, data)
             scatter(end.extents, Window(data, low, high, end.itemsize), writer)
+        if not check:
+            return True
+        again = scratch("decoded window", len(values))
+        self.encoding.decode(self.shape, window.low, encoded, dtype, again)
+        return equal(again, values)
 
     def stored(self, low: int, high: int, reader: Reader) -> Iterator[tuple[int, memoryview]]:
-        """(part number, stored bytes) that items `[low, high)`, aligned to `read_step`, depend on."""
-        for number, (end, bounds) in enumerate(
+        """(part number, stored bytes) that items `[low, high)`, aligned to `read_step`, depend on.
+
+        The bytes are valid until this thread asks for others.
+        """
+        for number, (end, (first, last)) in enumerate(
             zip(self.ends, self.encoding.ranges(self.shape, low, high), strict=True)
         ):
-            for _, data in end.stored(*bounds, reader):
-                yield number, data
+            window = Window(scratch(f"part {number}", (last - first) * end.itemsize), first, last, end.itemsize)
+            end.fill(window, reader)
+            yield number, window.data
 
 
 End = Plain | Encoded
+
+
+def decoded_as(end: End, dtype: DType) -> End:
+    """An end that gives its values as `dtype`, if it decodes them and can: F32 then keeps more than BF16 would."""
+    if isinstance(end, Encoded) and dtype is F32:
+        return replace(end, dtype=F32, itemsize=F32.itemsize)
+    return end
 
 
 def plains(end: End) -> tuple[Plain, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from ckpt_tools.core.errors import MismatchError
+from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.digest import combine
 from ckpt_tools.engine.ends import Digest
 from ckpt_tools.engine.plan import LeafCopy
@@ -45,14 +46,40 @@ class Task:
     high: int
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A segment that was copied.
+
+    Attributes:
+        digest: of what the target stores of it.
+        exact: False if quantising changed a value.
+    """
+
+    digest: bytes
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """Leaves that were copied.
+
+    Attributes:
+        digests: of each leaf in the target.
+        rounded: names of those with values that quantising changed.
+    """
+
+    digests: dict[str, str]
+    rounded: frozenset[str]
+
+
 @dataclass
 class Journal:
-    """Segments that are done, with their digests. The base class only remembers; the staging's one writes a file."""
+    """Segments that are done. The base class only remembers them; the staging's one writes a file."""
 
-    done: dict[int, bytes] = field(default_factory=dict)
+    done: dict[int, Outcome] = field(default_factory=dict)
 
-    def record(self, number: int, digest: bytes) -> None:
-        self.done[number] = digest
+    def record(self, number: int, outcome: Outcome) -> None:
+        self.done[number] = outcome
 
 
 def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
@@ -78,8 +105,8 @@ def execute(
     threads: int | None = None,
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """Copies the leaves and returns their digests in the target.
+) -> Executed:
+    """Copies the leaves.
 
     Args:
         copies: leaves to copy.
@@ -103,18 +130,19 @@ def execute(
     pending = (task for task in tasks_of(copies) if task.number not in journal.done)
     run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
     digests: dict[str, str] = {}
-    segments: dict[str, list[bytes]] = {}
+    segments: dict[str, list[Outcome]] = {}
     for task in tasks_of(copies):
         segments.setdefault(task.copy.name, []).append(journal.done[task.number])
     for copy in copies:
-        digest = digests[copy.name] = combine(segments[copy.name])
+        digest = digests[copy.name] = combine([outcome.digest for outcome in segments[copy.name]])
         recorded = None if expected is None or copy.changes_values else expected.get(copy.name)
         if recorded is not None and recorded != digest:
             raise MismatchError(
                 f"{copy.name} does not have the digest that the source's manifest records",
                 hint="the source is damaged: fetch it again, or see `ckpt verify`",
             )
-    return digests
+    rounded = (name for name, outcomes in segments.items() if not all(outcome.exact for outcome in outcomes))
+    return Executed(digests, frozenset(rounded))
 
 
 def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:
@@ -150,23 +178,24 @@ def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | N
         raise failures[0]
 
 
-def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> bytes:
-    """Copies one segment and returns the digest of what the target stores of it."""
-    copy, digest = task.copy, Digest()
+def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> Outcome:
+    """Copies one segment."""
+    copy, digest, exact = task.copy, Digest(), True
     if copy.target is None:
         raise ValueError(f"{copy.name} has no target")
     for window in windows(task, reader):
-        copy.target.drain(window, copy.source.dtype, writer, digest)
+        # One value that changed answers for the leaf: reading back what follows would only cost time.
+        exact &= copy.target.drain(window, copy.source.dtype, writer, digest, check=exact)
         if progress is not None:
             progress.advance(len(window.data))
-    return digest.digest()
+    return Outcome(digest.digest(), exact)
 
 
 def windows(task: Task, reader: Reader) -> Iterator[Window]:
     """The values of a segment, window by window, in order. Each is valid until the next is asked for."""
     copy, itemsize = task.copy, task.copy.source.itemsize
     step = window_items(copy)
-    buffer = _buffer(min(step, task.high - task.low) * itemsize)
+    buffer = scratch("window", min(step, task.high - task.low) * itemsize)
     for low in range(task.low, task.high, step):
         high = min(low + step, task.high)
         window = Window(buffer[: (high - low) * itemsize], low, high, itemsize)
@@ -183,14 +212,3 @@ def window_items(copy: LeafCopy) -> int:
         return max(1, items // block) * block
     row = max(end.rows() for end in ends)
     return items - items % row if row <= items else items
-
-
-_buffers = threading.local()
-
-
-def _buffer(size: int) -> memoryview:
-    """A buffer of this thread, reused from task to task."""
-    held: memoryview | None = getattr(_buffers, "view", None)
-    if held is None or len(held) < size:
-        held = _buffers.view = memoryview(bytearray(size))
-    return held[:size]

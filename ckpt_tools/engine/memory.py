@@ -16,7 +16,8 @@ from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_files
-from ckpt_tools.engine.ends import Plain, leaf_ends, plain
+from ckpt_tools.engine.digest import SEGMENT
+from ckpt_tools.engine.ends import Plain, decoded_as, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads
 from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents
 from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
@@ -89,7 +90,10 @@ def load_boxes(checkpoint: Checkpoint, boxes: Sequence[Box], *, threads: int | N
     names = {box.name for box in boxes}
     leaves = {p.leaf for name in names for p in checkpoint.layout.native[name].view.pieces}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
-    copies = ((LeafCopy(leaf, 0, incoming[leaf], end), end) for leaf, end in _box_ends(checkpoint.layout, target))
+    copies = (
+        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end)
+        for leaf, end in _box_ends(checkpoint.layout, target)
+    )
     with FileReader(checkpoint.root) as reader:
         _run_parts(copies, reader, _files(boxes), threads)
 
@@ -188,14 +192,25 @@ def _memory_store(layout: Layout, boxes: Sequence[Box]) -> Store:
 
 
 def _box_ends(layout: Layout, store: Store) -> Iterator[tuple[str, Plain]]:
-    """(leaf, end) of every extent of the boxes, one by one."""
+    """(leaf, end) of the extents of the boxes: all of a leaf's together where they leave no gap, else one by one."""
     for name, tensor in store.tensors.items():
+        found: dict[str, list[Extent]] = {}
         if layout.is_identity:
-            for part in leaf_extents(tensor):
-                yield name, plain(tensor, [part])
-            continue
-        for leaf, part in native_extents(tensor, layout.native[name].view):
-            yield leaf, plain(tensor, [part])
+            found[name] = leaf_extents(tensor)
+        else:
+            for leaf, part in native_extents(tensor, layout.native[name].view):
+                found.setdefault(leaf, []).append(part)
+        for leaf, parts in found.items():
+            if sum(part.numel for part in parts) == _reach(parts):
+                yield leaf, plain(tensor, parts)
+            else:
+                yield from ((leaf, plain(tensor, [part])) for part in parts)
+
+
+def _reach(parts: Sequence[Extent]) -> int:
+    """Elements of the leaf from the first to the last one of the extents."""
+    ends = (p.leaf_start + sum((n - 1) * s for n, s in zip(p.sizes, p.leaf_strides, strict=True)) for p in parts)
+    return max(ends, default=-1) + 1 - min((p.leaf_start for p in parts), default=0)
 
 
 def _files(boxes: Sequence[Box]) -> MemoryFiles:
@@ -203,11 +218,19 @@ def _files(boxes: Sequence[Box]) -> MemoryFiles:
 
 
 def _run_parts(copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None) -> None:
-    """Runs copies that concern only the elements of one extent each: a copy becomes tasks dense in the leaf."""
-    tasks = (
-        Task(0, copy, low, high) for copy, end in copies for low, high in dense_ranges(end.extents[0], end.itemsize)
-    )
+    """Runs copies that concern only the elements of their extents: a copy becomes tasks dense in the leaf."""
+    tasks = (Task(0, copy, low, high) for copy, end in copies for low, high in _ranges(end))
     run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
+
+
+def _ranges(end: Plain) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the elements of an end and no others, cut so that threads share large ones."""
+    step = max(1, SEGMENT // end.itemsize)
+    start = end.extents[0].leaf_start if end.extents else 0
+    reach = _reach(end.extents)
+    whole = [(start, start + reach)] if sum(part.numel for part in end.extents) == reach else None
+    for low, high in whole or dense_ranges(end.extents[0], end.itemsize):
+        yield from ((first, min(first + step, high)) for first in range(low, high, step))
 
 
 def dense_ranges(part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import SEGMENT
-from ckpt_tools.engine.ends import End, Plain, leaf_ends, plains, prove_end
+from ckpt_tools.engine.ends import Encoded, End, Plain, decoded_as, leaf_ends, plains, prove_end
 from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.prove import prove_chunks, prove_files
 from ckpt_tools.layouts.layout import Layout, Side
@@ -42,6 +42,14 @@ class LeafCopy:
         return not (
             isinstance(self.source, Plain) and isinstance(self.target, Plain) and self.source.dtype is self.target.dtype
         )
+
+    @property
+    def dequantises(self) -> bool:
+        return isinstance(self.source, Encoded) and isinstance(self.target, Plain)
+
+    @property
+    def quantises(self) -> bool:
+        return isinstance(self.target, Encoded)
 
     def segments(self) -> Iterator[tuple[int, int]]:
         """(first, last + 1) items of each segment; an empty leaf has one empty segment."""
@@ -122,7 +130,7 @@ def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, layout: Layou
     for name, end in incoming.items():
         _, items = addressable(end.dtype, source.layout.leaves[name].numel)
         prove_end(name, outgoing[name], items, "the target")
-        copies.append(LeafCopy(name, items, end, outgoing[name]))
+        copies.append(LeafCopy(name, items, decoded_as(end, outgoing[name].dtype), outgoing[name]))
     stored = (plain for end in outgoing.values() for plain in plains(end))
     prove_chunks(target.store, ((extent, plain.itemsize) for plain in stored for extent in plain.extents))
     prove_files(target.store, target.framing)

@@ -17,6 +17,12 @@ from ckpt_tools.layouts.layout import Layout
 
 HF_FOLDER = "hf"
 
+MODELOPT = "hf_quant_config.json"
+"""modelopt's own description of a quantised repository: beside plain tensors it would make readers misread them."""
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where config.json describes quantised tensors; the second is compressed-tensors' older name."""
+
 
 def native_side_files(source: Checkpoint) -> dict[str, Path | bytes]:
     """config.json and every other side file, byte for byte, under `hf/`."""
@@ -33,11 +39,11 @@ def repository_side_files(
 
     Args:
         config: the source's config; fields are added, none dropped but a `quantization_config` that no longer holds.
-        side_root: directory of the other side files, None for none.
+        side_root: directory of the other side files, None for none; `hf_quant_config.json` is left out.
         layout: of the repository that is written.
         leaf_dtypes: of the leaves' values; the most frequent floating-point one is the config's dtype.
     """
-    names = hf.side_files(side_root) if side_root else ()
+    names = [name for name in hf.side_files(side_root) if name != MODELOPT] if side_root else []
     files: dict[str, Path | bytes] = {name: side_root / name for name in names} if side_root else {}
     if config:
         floats = Counter(dtype for dtype in leaf_dtypes.values() if dtype.is_float)
@@ -47,7 +53,8 @@ def repository_side_files(
         if family is not None:
             written["architectures"] = written.get("architectures") or [family.architecture]
         if family is not None and not layout.is_identity:
-            written.pop("quantization_config", None)
+            for key in QUANTIZATION_KEYS:
+                written.pop(key, None)
             quantization = family.quantization_config(config, layout)
             if quantization is not None:
                 written["quantization_config"] = dict(quantization)

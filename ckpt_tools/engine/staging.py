@@ -18,11 +18,11 @@ import struct
 from pathlib import Path
 
 from ckpt_tools.core.errors import LockedError, OutputExistsError, StorageError, UsageError
-from ckpt_tools.engine.execute import Journal
+from ckpt_tools.engine.execute import Journal, Outcome
 from ckpt_tools.engine.files import storage_errors
 
 JOURNAL = ".ckpt-journal"
-_RECORD = struct.Struct("<Q16s")
+_RECORD = struct.Struct("<Q?16s")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -104,7 +104,7 @@ class Staging:
         if content.startswith(key):
             records = content[len(key) :]
             whole = len(records) - len(records) % _RECORD.size
-            done = dict(_RECORD.iter_unpack(records[:whole]))
+            done = {n: Outcome(digest, exact) for n, exact, digest in _RECORD.iter_unpack(records[:whole])}
             return FileJournal(path, done, len(key) + whole)
         self.restart()
         with storage_errors("write", path):
@@ -149,23 +149,23 @@ class Staging:
 
 
 class FileJournal(Journal):
-    """A journal on disk. One record of 24 bytes a segment, appended in one write, so a kill leaves whole records.
+    """A journal on disk. One record of 25 bytes a segment, appended in one write, so a kill leaves whole records.
 
     It is not synced: after a kill the kernel still holds what was written, and after a crash of the machine the boot
     id differs and the journal does not count.
     """
 
-    def __init__(self, path: Path, done: dict[int, bytes], size: int) -> None:
+    def __init__(self, path: Path, done: dict[int, Outcome], size: int) -> None:
         super().__init__(done)
         self._path = path
         with storage_errors("write", path):
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             os.ftruncate(self._fd, size)
 
-    def record(self, number: int, digest: bytes) -> None:
+    def record(self, number: int, outcome: Outcome) -> None:
         with storage_errors("write", self._path):
-            os.write(self._fd, _RECORD.pack(number, digest))
-        super().record(number, digest)
+            os.write(self._fd, _RECORD.pack(number, outcome.exact, outcome.digest))
+        super().record(number, outcome)
 
     def close(self) -> None:
         os.close(self._fd)

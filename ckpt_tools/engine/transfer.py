@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.extents import Extent, extent
 
 WASTE = 4
@@ -70,6 +71,13 @@ def scatter(extents: Iterable[Extent], window: Window, writer: Writer) -> None:
             _scatter_strided(part, window, writer)
 
 
+def equal(a: memoryview, b: memoryview) -> bool:
+    """Whether two buffers hold the same bytes; `==` of memoryviews goes byte by byte, thirty times as slow."""
+    import numpy as np
+
+    return np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
+
+
 def _overlap(extents: Iterable[Extent], window: Window) -> Iterator[Extent]:
     for whole in extents:
         if whole.leaf_start >= window.high:
@@ -84,9 +92,10 @@ def _gather_strided(part: Extent, window: Window, reader: Reader) -> None:
     if reach > WASTE * part.numel:
         _each_outer(part, window.itemsize, lambda inner: gather((inner,), window, reader))
         return
-    scratch = np.empty(reach, _item(window.itemsize))
-    reader.read(part.file, part.position, scratch.data.cast("B"))
-    _leaf_view(part, window)[...] = _strided(scratch, 0, part.sizes, part.file_strides)
+    data = scratch("strided", reach * window.itemsize)
+    reader.read(part.file, part.position, data)
+    items = np.frombuffer(data, _item(window.itemsize))
+    _leaf_view(part, window)[...] = _strided(items, 0, part.sizes, part.file_strides)
 
 
 def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
@@ -96,9 +105,10 @@ def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
     if reach != part.numel:
         _each_outer(part, window.itemsize, lambda inner: scatter((inner,), window, writer))
         return
-    scratch = np.empty(reach, _item(window.itemsize))
-    _strided(scratch, 0, part.sizes, part.file_strides)[...] = _leaf_view(part, window)
-    writer.write(part.file, part.position, scratch.data.cast("B"))
+    data = scratch("strided", reach * window.itemsize)
+    items = np.frombuffer(data, _item(window.itemsize))
+    _strided(items, 0, part.sizes, part.file_strides)[...] = _leaf_view(part, window)
+    writer.write(part.file, part.position, data)
 
 
 def _file_reach(part: Extent) -> int:

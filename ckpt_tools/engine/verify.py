@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
 from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, listed
+from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.ends import Digest, plain
+from ckpt_tools.engine.ends import Digest, decoded_as, plain
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
 from ckpt_tools.engine.extents import addressable, leaf_extents
 from ckpt_tools.engine.files import FileReader, storage_errors
 from ckpt_tools.engine.plan import LeafCopy
-from ckpt_tools.engine.transfer import Window
+from ckpt_tools.engine.transfer import Window, equal
 
 
 @dataclass
@@ -120,26 +121,28 @@ def compare(
         LayoutError: names or dtypes differ.
         MismatchError: values differ; the tensors are listed with the first element that does.
     """
-    _same_leaves(checkpoint, other)
-    theirs = {copy.name: copy for copy in _reads(other)}
-    different: dict[str, int] = {}
+    copies, theirs = _pairs(checkpoint, other)
+    different: dict[str, list[tuple[int, int]]] = {}
     lock = threading.Lock()
     with FileReader(checkpoint.root) as reader, FileReader(other.root) as other_reader:
 
         def act(task: Task) -> None:
-            first = _difference(task, theirs[task.copy.name], reader, other_reader, progress)
-            if first is not None:
+            found = _difference(task, theirs[task.copy.name], reader, other_reader, progress)
+            if found is not None:
                 with lock:
-                    different[task.copy.name] = min(first, different.get(task.copy.name, first))
+                    different.setdefault(task.copy.name, []).append(found)
 
         if progress is not None:
             progress.start("comparing", checkpoint.store.nbytes)
-        copies = _reads(checkpoint)
         run_threads(tasks_of(copies), act, threads)
         reader.check_unchanged()
         other_reader.check_unchanged()
     if different:
-        lines = [f"{name}: first at element {first:,}" for name, first in sorted(different.items())]
+        items = {copy.name: copy.items for copy in copies}
+        lines = [
+            f"{name}: {sum(count for _, count in found):,} of {items[name]:,} elements, the first is {min(found)[0]:,}"
+            for name, found in sorted(different.items())
+        ]
         raise MismatchError(
             f"{len(different):,} of {len(copies):,} tensors of {checkpoint.root} differ from {other.root}\n"
             + listed(lines)
@@ -147,31 +150,49 @@ def compare(
     return len(copies)
 
 
-def _same_leaves(checkpoint: Checkpoint, other: Checkpoint) -> None:
-    mine, theirs = checkpoint.leaf_dtypes(), other.leaf_dtypes()
-    faults = [f"only in {checkpoint.root}: {name}" for name in sorted(mine.keys() - theirs.keys())]
-    faults += [f"only in {other.root}: {name}" for name in sorted(theirs.keys() - mine.keys())]
-    for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name] is not theirs[name]:
-            faults.append(f"{name} is {mine[name]} in {checkpoint.root} and {theirs[name]} in {other.root}")
+def _pairs(checkpoint: Checkpoint, other: Checkpoint) -> tuple[list[LeafCopy], dict[str, LeafCopy]]:
+    """The leaves of both to be read; a quantised leaf is decoded to the dtype that the other side holds."""
+    mine, theirs = _reads(checkpoint), {copy.name: copy for copy in _reads(other)}
+    names = {copy.name for copy in mine}
+    faults = [f"only in {checkpoint.root}: {name}" for name in sorted(names - theirs.keys())]
+    faults += [f"only in {other.root}: {name}" for name in sorted(theirs.keys() - names)]
+    for number, copy in enumerate(mine):
+        name, twin = copy.name, theirs.get(copy.name)
+        if twin is None:
+            continue
+        end, their_end = (decoded_as(a.source, b.source.dtype) for a, b in ((copy, twin), (twin, copy)))
+        mine[number], theirs[name] = replace(copy, source=end), replace(twin, source=their_end)
+        if end.dtype is not their_end.dtype:
+            faults.append(f"{name} is {end.dtype} in {checkpoint.root} and {their_end.dtype} in {other.root}")
         elif checkpoint.layout.leaves[name].shape != other.layout.leaves[name].shape:
             faults.append(f"{name} has different shapes")
     if faults:
         raise LayoutError(f"the checkpoints do not hold the same tensors:\n{listed(faults)}")
+    return mine, theirs
 
 
 def _difference(
     task: Task, twin: LeafCopy, reader: FileReader, other_reader: FileReader, progress: Progress | None = None
-) -> int | None:
-    """The first item of the segment that differs in the twin, or None."""
+) -> tuple[int, int] | None:
+    """(first item, number of items) of the segment that differ in the twin, or None."""
+    first, count = -1, 0
     for window in windows(task, reader):
-        buffer = memoryview(bytearray(len(window.data)))
-        twin.source.fill(Window(buffer, window.low, window.high, window.itemsize), other_reader)
-        if window.data != buffer:
-            return window.low + _first_difference(window.data, buffer) // window.itemsize
+        theirs = scratch("twin", len(window.data))
+        twin.source.fill(Window(theirs, window.low, window.high, window.itemsize), other_reader)
+        if not equal(window.data, theirs):
+            if first < 0:
+                first = window.low + _first_difference(window.data, theirs) // window.itemsize
+            count += _differing(window.data, theirs, window.itemsize)
         if progress is not None:
-            progress.advance(len(buffer))
-    return None
+            progress.advance(len(theirs))
+    return None if first < 0 else (first, count)
+
+
+def _differing(values: memoryview, others: memoryview, itemsize: int) -> int:
+    import numpy as np
+
+    item = f"u{itemsize}"
+    return int(np.count_nonzero(np.frombuffer(values, item) != np.frombuffer(others, item)))
 
 
 def _first_difference(a: memoryview, b: memoryview) -> int:

@@ -66,6 +66,12 @@ DENSE_MLP = (
     same(LAYER + "mlp.down_proj.bias", "hidden", when="mlp_bias", layers="dense"),
 )
 
+MATRICES = (
+    *(ATTENTION + f"{name}_proj.weight" for name in "qkvo"),
+    *(LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+"""What releases in FP8 encode; embeddings, norms and heads stay as they are."""
+
 
 def moe_mlp(router: str, gate: str, up: str, down: str, layers: str = "moe") -> tuple[Rule, ...]:
     """Router and stacked experts of layers of one kind, given the templates of the leaves.

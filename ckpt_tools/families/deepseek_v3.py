@@ -6,7 +6,7 @@ Many repositories leave the latter out although their config counts them: the na
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
-from ckpt_tools.families.family import FP8_BLOCKS, Family, Form
+from ckpt_tools.families.family import Family, fp8_forms
 from ckpt_tools.layouts.layout import Shape
 from ckpt_tools.layouts.rules import Concat, Leaf, Rule, same
 
@@ -114,6 +114,6 @@ FAMILY = Family(
         same(LAYER + "shared_head.head.weight", "vocab", "hidden", layers="predict"),
     ),
     dropped=decoder.DROPPED,
-    forms=(Form("fp8", "fp8", encoded=MATRICES, quantization_config=FP8_BLOCKS),),
+    forms=fp8_forms(*MATRICES, lists_plain_modules=False),
     optional_layers={"predict": LAYER},
 )

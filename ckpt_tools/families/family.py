@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,26 @@ FP8_BLOCKS: Mapping[str, Any] = {
 }
 """`quantization_config` of the FP8 releases of DeepSeek and Qwen."""
 
+FP8_CHANNELS: Mapping[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": {
+                "dynamic": True,
+                "num_bits": 8,
+                "strategy": "token",
+                "symmetric": True,
+                "type": "float",
+            },
+            "targets": ["Linear"],
+            "weights": {"dynamic": False, "num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"},
+        }
+    },
+    "format": "float-quantized",
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+"""`quantization_config` of llm-compressor's `FP8_DYNAMIC` releases: a scale a row, activations scaled as they come."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -32,9 +52,10 @@ class Form:
     Attributes:
         name: the name on the command line, such as `fp8`.
         encoding: key of `ckpt_tools.layouts.encodings.ENCODINGS`.
-        encoded: templates of the leaves that are written encoded; in a checkpoint that is read, names decide.
+        encoded: templates of the leaves that are written encoded, none for a form that is only read; in a checkpoint
+            that is read, names decide.
         quantization_config: what config.json says of it when the source's config does not.
-        lists_plain_modules: readers also need the names of the modules that are not encoded.
+        plain_modules: key under which readers also need the names of the modules that are not encoded.
         rules: rules of this form where they differ from the family's.
     """
 
@@ -42,8 +63,36 @@ class Form:
     encoding: str
     encoded: tuple[str, ...]
     quantization_config: Mapping[str, Any]
-    lists_plain_modules: bool = False
+    plain_modules: str | None = None
     rules: tuple[Rule, ...] | None = None
+
+    def description_in(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The config's own description of quantised tensors where it is one of this form, else None."""
+        described = config.get("quantization_config")
+        fits = isinstance(described, Mapping) and all(
+            described.get(key) == value for key, value in self.quantization_config.items()
+        )
+        return described if fits else None
+
+    def encoding_for(self, config: Mapping[str, Any]) -> Encoding:
+        """The encoding, with scales that are powers of two where the config says that the form has such."""
+        scales = (self.description_in(config) or {}).get("scale_fmt")
+        return ENCODINGS["fp8-ue8m0" if self.encoding == "fp8" and scales == "ue8m0" else self.encoding]
+
+
+def fp8_forms(*matrices: str, lists_plain_modules: bool = True) -> tuple[Form, ...]:
+    """The published FP8 forms of a family whose `matrices` are encoded.
+
+    Args:
+        matrices: templates of the leaves.
+        lists_plain_modules: whether releases in blocks name the modules that they leave as they are.
+    """
+    return (
+        Form("fp8", "fp8", matrices, FP8_BLOCKS, "modules_to_not_convert" if lists_plain_modules else None),
+        Form("fp8-channel", "fp8-channel", matrices, FP8_CHANNELS, "ignore"),
+        # Read only: modelopt, AutoFP8 and compressed-tensors describe it each in their own way.
+        Form("fp8-tensor", "fp8-tensor", (), {}),
+    )
 
 
 @dataclass(frozen=True)
@@ -94,39 +143,46 @@ class Family:
         shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names)
         tied = dict(self.tied) if "tied" in shape.flags else {}
         reads_form = form is None and names is not None
-        chosen = self._form_of(names or ()) if reads_form else self._form(form or "")
+        chosen = self._form_of(config, names or ()) if reads_form else self._form(form or "")
         extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped}
         if chosen is None:
             return resolve(self.name, self.rules, shape, None, **extra)
         extra |= {"form": chosen.name, "leaf_form": chosen.name if chosen.rules else ""}
-        encoding, rules = ENCODINGS[chosen.encoding], chosen.rules or self.rules
+        encoding, rules = chosen.encoding_for(config), chosen.rules or self.rules
 
         def encoding_of(template: str, name: str) -> Encoding | None:
             if reads_form:
                 return encoding if all(part in (names or ()) for part in encoding.part_names(name)) else None
             return encoding if template in chosen.encoded else None
 
-        return resolve(self.name, rules, shape, encoding_of, **extra)
+        found = resolve(self.name, rules, shape, encoding_of, **extra)
+        return replace(found, beside=frozenset(_beside(found)))
+
+    def check_written(self, form: str) -> None:
+        """Raises `UsageError` when repositories of a form are not written, only read."""
+        found = self._form(form)
+        if found is not None and not found.encoded:
+            raise UsageError(f"{form} is read, not written", hint="write fp8 or fp8-channel instead")
 
     def quantization_config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any] | None:
         """What config.json has to say of the form that `layout` has on disk; None for a plain one.
 
         Args:
-            config: of the source; its own description is kept where it is of the same method.
+            config: of the source; its own description is kept where it is of the same form.
             layout: of the checkpoint that is written.
         """
         form = self._form(layout.form)
         if form is None:
             return None
-        described = config.get("quantization_config")
-        if isinstance(described, Mapping) and described.get("quant_method") == form.quantization_config["quant_method"]:
-            return described
-        if not form.lists_plain_modules:
-            return form.quantization_config
-        plain = [
-            leaf.name for leaf in layout.leaves.values() if leaf.encoding is None and leaf.name.endswith(".weight")
-        ]
-        return {**form.quantization_config, "modules_to_not_convert": [name.removesuffix(".weight") for name in plain]}
+        found = dict(form.description_in(config) or form.quantization_config)
+        modules = {leaf.name.removesuffix(".weight"): leaf.encoding for leaf in layout.leaves.values()}
+        encoded = {name for name, encoding in modules.items() if encoding}
+        if form.plain_modules is not None and (
+            form.plain_modules not in found or encoded & {*found[form.plain_modules]}
+        ):
+            plain = [leaf.name for leaf in layout.leaves.values() if leaf.encoding is None and len(leaf.shape) > 1]
+            found[form.plain_modules] = [name.removesuffix(".weight") for name in (*plain, *layout.tied)]
+        return found
 
     def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
         """`shape` without its optional layers if none of `names` is in one."""
@@ -145,13 +201,31 @@ class Family:
         for form in self.forms:
             if form.name == name:
                 return form
-        known = ", ".join(form.name for form in self.forms) or "none"
+        known = ", ".join(form.name for form in self.forms if form.encoded) or "none"
         raise UsageError(f"{self.title} has no form {name!r}", hint=f"its quantised forms: {known}")
 
-    def _form_of(self, names: Collection[str]) -> Form | None:
+    def _form_of(self, config: Mapping[str, Any], names: Collection[str]) -> Form | None:
+        by_rows = "channel" in _strategies(config)
         for form in self.forms:
             # The last part (scales) has a name that no plain checkpoint has.
             suffix = ENCODINGS[form.encoding].part_names("")[-1]
-            if any(name.endswith(suffix) for name in names):
+            if any(name.endswith(suffix) for name in names) and (by_rows or form.name != "fp8-channel"):
                 return form
         return None
+
+
+def _strategies(config: Mapping[str, Any]) -> set[object]:
+    """How compressed-tensors says that the weights are scaled: `tensor`, `channel`, `block`, ..."""
+    described = config.get("quantization_config") or config.get("compression_config")
+    groups = described.get("config_groups") if isinstance(described, Mapping) else None
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    return {entry.get("strategy") for entry in weights if isinstance(entry, Mapping)}
+
+
+def _beside(layout: Layout) -> Iterator[str]:
+    """Names of scales that may lie beside quantised leaves: of activations, and of the cache of keys and values."""
+    for leaf in layout.leaves.values():
+        if leaf.encoding is not None:
+            module, _, _ = leaf.name.rpartition(".")
+            yield from (f"{module}.{name}" for name in leaf.encoding.beside)
+            yield from (f"{module.rpartition('.')[0]}.{name}" for name in leaf.encoding.beside)

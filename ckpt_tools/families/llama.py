@@ -2,7 +2,7 @@
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
-from ckpt_tools.families.family import Family
+from ckpt_tools.families.family import Family, fp8_forms
 from ckpt_tools.layouts.layout import Shape
 
 
@@ -25,4 +25,5 @@ FAMILY = Family(
         *decoder.DENSE_MLP,
     ),
     dropped=decoder.DROPPED,
+    forms=fp8_forms(*decoder.MATRICES),
 )

@@ -2,7 +2,7 @@
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
-from ckpt_tools.families.family import Family
+from ckpt_tools.families.family import Family, fp8_forms
 from ckpt_tools.layouts.layout import Shape
 
 MOE = "model.layers.{layer}.block_sparse_moe."
@@ -35,4 +35,5 @@ FAMILY = Family(
             down=MOE + "experts.{expert}.w2.weight",
         ),
     ),
+    forms=fp8_forms(*decoder.MATRICES, *(MOE + f"experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3"))),
 )

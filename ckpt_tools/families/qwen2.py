@@ -2,7 +2,7 @@
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
-from ckpt_tools.families.family import Family
+from ckpt_tools.families.family import Family, fp8_forms
 from ckpt_tools.layouts.layout import Shape
 
 
@@ -22,4 +22,5 @@ FAMILY = Family(
         *decoder.FUSED_ATTENTION,
         *decoder.DENSE_MLP,
     ),
+    forms=fp8_forms(*decoder.MATRICES),
 )

@@ -2,7 +2,7 @@
 
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
-from ckpt_tools.families.family import FP8_BLOCKS, Family, Form
+from ckpt_tools.families.family import Family, fp8_forms
 from ckpt_tools.layouts.layout import Shape
 
 EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
@@ -21,11 +21,6 @@ def shape(config: Config) -> Shape:
     width = decoder.number(config, "moe_intermediate_size")
     return decoder.with_experts(dense, experts=experts, width=width, layers=layers)
 
-
-MATRICES = (
-    *(decoder.ATTENTION + f"{name}_proj.weight" for name in "qkvo"),
-    *(part + f"{name}_proj.weight" for part in (decoder.LAYER + "mlp.", EXPERT) for name in ("gate", "up", "down")),
-)
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -46,5 +41,5 @@ FAMILY = Family(
             down=EXPERT + "down_proj.weight",
         ),
     ),
-    forms=(Form("fp8", "fp8", encoded=MATRICES, quantization_config=FP8_BLOCKS, lists_plain_modules=True),),
+    forms=fp8_forms(*decoder.MATRICES, *(EXPERT + f"{name}_proj.weight" for name in ("gate", "up", "down"))),
 )

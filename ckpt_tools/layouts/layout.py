@@ -87,6 +87,7 @@ class Layout:
         form: name of the Hugging Face side's form, such as `fp8`; empty for the one in plain floating point.
         leaf_form: name of the form whose rules name the leaves: `form` where it has rules of its own, else empty.
         layers: kind of each layer that is there, in order.
+        beside: names that may lie beside quantised leaves and hold no weights.
     """
 
     family: str
@@ -98,6 +99,7 @@ class Layout:
     form: str = ""
     leaf_form: str = ""
     layers: tuple[str, ...] = ()
+    beside: frozenset[str] = frozenset()
 
     @property
     def is_identity(self) -> bool:

@@ -176,12 +176,14 @@ def test_positional_arguments_are_refused_and_harmless_options_are_not(tmp_path:
     )
 
 
-def test_quantised_checkpoints_of_native_families_are_refused(tmp_path: Path) -> None:
+def test_forms_that_cannot_be_dequantised_and_quantising_on_loading_are_refused(tmp_path: Path) -> None:
     repository(tmp_path)
+    with pytest.raises(UsageError, match="does not quantise"):
+        NeMoAutoModelForCausalLM.from_pretrained(tmp_path, quantization_config={"quant_method": "fp8"})
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="fp8"):
+    with pytest.raises(UsageError, match="gptq"):
         NeMoAutoModelForCausalLM.from_pretrained(tmp_path)
 
 

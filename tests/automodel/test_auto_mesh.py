@@ -12,9 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from automodel import MeshConfig, NeMoAutoModelForCausalLM
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
-from ckpt_tools import convert
+from ckpt_tools import consolidate, convert
 from tests.automodel.helpers import CONFIGS, pair, relative, tokens
 from tests.automodel.ranks import run_ranks
+from tests.checkpoints import tensor_bytes
+from tests.quantised import config_of, make_quantised
 
 MESHES = {
     "FSDP": MeshConfig(dp_shard=2),
@@ -88,6 +90,26 @@ def test_a_native_checkpoint_loads_in_one_process_and_on_a_mesh(tmp_path: Path) 
     assert ours.generation_config.eos_token_id == 2
     for logits in run_ranks(2, _load_native, tmp_path / "native"):
         assert relative(logits, expected) < 1e-5
+
+
+def _quantised(source: Path, saved: Path, mesh: MeshConfig) -> bool:
+    model = NeMoAutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, device_mesh=mesh)
+    model.save_pretrained(saved)
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mesh", ["FSDP", "experts divided", "FSDP and experts divided"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_each_process_of_a_mesh_dequantises_its_own_part_and_the_export_is_plain(
+    tmp_path: Path, family: str, mesh: str
+) -> None:
+    source = make_quantised(tmp_path / "source", family, num_hidden_layers=2)
+    convert(source, tmp_path / "native", dequantize=True)
+    consolidate(tmp_path / "native", tmp_path / "plain")
+    world = 2 if mesh in MESHES else 4
+    assert all(run_ranks(world, _quantised, source, tmp_path / "saved", (MESHES | LARGE_MESHES)[mesh]))
+    assert tensor_bytes(tmp_path / "saved") == tensor_bytes(tmp_path / "plain")
+    assert "quantization_config" not in config_of(tmp_path / "saved")
 
 
 def _fresh(mesh: MeshConfig) -> dict[str, torch.Tensor]:

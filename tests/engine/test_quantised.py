@@ -17,72 +17,42 @@ from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, ResourceError, UsageError
 from ckpt_tools.families import get_family
 from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
-
-E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-FORMS = {"qwen3_moe": "fp8", "deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
-SIZES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200},
-    "deepseek_v3": {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200, "kv_lora_rank": 130},
-    "gpt_oss": {},
-}
-
-
-def make_quantised(root: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """A repository in the family's quantised form with random codes and sensible scales."""
-    form = FORMS[family]
-    config = {**CONFIGS[family], **SIZES[family], **changes}
-    layout = get_family(family).layout(config, form=form)
-    quantization = get_family(family).quantization_config(config, layout)
-    config["quantization_config"] = dict(quantization or {})
-    tensors = {}
-    for leaf in layout.leaves.values():
-        if leaf.encoding is None:
-            tensors[leaf.name] = (DTYPES["F32" if leaf.keep_dtype else "BF16"], leaf.shape)
-        else:
-            tensors.update({p.name: (p.dtype, p.shape) for p in leaf.encoding.parts(leaf.name, leaf.shape)})
-    source = write_repository(root, tensors, config, max_shard_size=10**9, seed=seed)
-    rng = np.random.default_rng(seed)
-    for name, (_, shape) in tensors.items():
-        if name.endswith("_scale_inv"):
-            _overwrite(source, name, rng.uniform(1e-3, 1, shape).astype(np.float32).tobytes())
-        elif name.endswith("_scales"):
-            _overwrite(source, name, rng.integers(110, 130, shape, dtype=np.uint8).tobytes())
-    return source
-
-
-def _overwrite(root: Path, name: str, data: bytes) -> None:
-    from ckpt_tools.formats import hf
-
-    chunk = hf.open_repository(root).store.tensors[name].chunks[0]
-    with open(root / chunk.file, "r+b") as file:
-        file.seek(chunk.position)
-        file.write(data)
-
-
-def fp8_reference(codes: bytes, scales: bytes, shape: tuple[int, ...]) -> bytes:
-    blocks = tuple(-(-n // 128) for n in shape)
-    factors = np.frombuffer(scales, np.float32).reshape(blocks).astype(np.float64)
-    factors = factors.repeat(128, 0)[: shape[0]].repeat(128, 1)[:, : shape[1]]
-    values = E4M3[np.frombuffer(codes, np.uint8).reshape(shape)] * factors
-    return values.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes()
-
+from tests.quantised import ALL_FORMS, E2M1, FORMS, as_bf16, decoded, fp8_reference, make_quantised
 
 MESHES = st.one_of(st.none(), st.builds("dp_shard={},ep={}".format, st.integers(1, 4), st.integers(1, 4)))
 
 
-@settings(max_examples=12, deadline=None)
-@given(family=st.sampled_from(sorted(FORMS)), mesh=MESHES, seed=st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+@given(
+    what=st.sampled_from(ALL_FORMS),
+    mesh=MESHES,
+    seed=st.integers(0, 3),
+    dtype=st.sampled_from([None, "F32"]),
+    changes=st.fixed_dictionaries(
+        {}, optional={"num_hidden_layers": st.just(1), "hidden_size": st.sampled_from([64, 288])}
+    ),
+)
 def test_a_quantised_repository_dequantises_to_the_same_values_through_any_mesh(
-    tmp_path_factory: pytest.TempPathFactory, family: str, mesh: str | None, seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    what: tuple[str, str],
+    mesh: str | None,
+    seed: int,
+    dtype: str | None,
+    changes: dict[str, Any],
 ) -> None:
     root = tmp_path_factory.mktemp("case")
-    source = make_quantised(root / "source", family, seed)
-    convert(source, root / "native", mesh=mesh, dequantize=True)
-    verify(root / "native", against=source)
-    verify(source, against=root / "native")
+    source = make_quantised(root / "source", *what, seed=seed, **changes)
+    convert(source, root / "native", mesh=mesh, dequantize=True, dtype=dtype)
+    if dtype is None:
+        verify(root / "native", against=source)
+        verify(source, against=root / "native")
     consolidate(root / "native", root / "plain")
     verify(root / "plain", against=root / "native")
+    if dtype == "F32" and what[0] != "gpt_oss":
+        expected, plain = decoded(source), tensor_bytes(root / "plain")
+        assert expected
+        for name, values in expected.items():
+            assert plain[name] == values.astype(np.float32).tobytes(), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -113,7 +83,7 @@ def test_mxfp4_experts_equal_a_float64_reference_in_the_native_layout(tmp_path: 
         scales = np.exp2(np.frombuffer(stored[name + "_scales"], np.uint8).astype(np.float64) - 127)
         pairs = np.stack([E2M1[blocks & 15], E2M1[blocks >> 4]], -1).reshape(-1, 32) * scales[:, None]
         expected = pairs.reshape(experts, out, width).transpose(0, 2, 1)
-        assert plain[name] == expected.astype(np.float32).astype(ml_dtypes.bfloat16).tobytes()
+        assert plain[name] == as_bf16(expected)
 
 
 @pytest.mark.parametrize("family", sorted(FORMS))

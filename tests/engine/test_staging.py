@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.core.errors import LockedError, OutputExistsError, UsageError
+from ckpt_tools.engine.execute import Outcome
 from ckpt_tools.engine.staging import Staging
 
 
@@ -67,11 +68,11 @@ def test_the_lock_of_a_dead_process_does_not_hold(tmp_path: Path) -> None:
 def test_the_journal_of_the_same_plan_goes_on_and_of_another_plan_does_not(tmp_path: Path) -> None:
     with Staging(tmp_path / "out") as staging:
         journal = staging.resume("plan")
-        journal.record(7, b"d" * 16)
+        journal.record(7, Outcome(b"d" * 16, False))
         journal.close()
         staging.write_document("part", b"")
         again = staging.resume("plan")
-        assert again.done == {7: b"d" * 16}
+        assert again.done == {7: Outcome(b"d" * 16, False)}
         again.close()
         other = staging.resume("other plan")
         assert other.done == {}
@@ -82,14 +83,14 @@ def test_the_journal_of_the_same_plan_goes_on_and_of_another_plan_does_not(tmp_p
 def test_half_a_record_at_the_end_of_a_journal_does_not_count(tmp_path: Path) -> None:
     with Staging(tmp_path / "out") as staging:
         journal = staging.resume("plan")
-        journal.record(1, b"a" * 16)
+        journal.record(1, Outcome(b"a" * 16, True))
         journal.close()
         path = staging.path / ".ckpt-journal"
         path.write_bytes(path.read_bytes() + b"half")
         again = staging.resume("plan")
-        again.record(2, b"b" * 16)
+        again.record(2, Outcome(b"b" * 16, False))
         again.close()
-        assert staging.resume("plan").done == {1: b"a" * 16, 2: b"b" * 16}
+        assert staging.resume("plan").done == {1: Outcome(b"a" * 16, True), 2: Outcome(b"b" * 16, False)}
 
 
 def test_a_symbolic_link_planted_at_the_output_or_the_lock_is_not_followed(tmp_path: Path) -> None:

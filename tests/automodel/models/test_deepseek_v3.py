@@ -81,8 +81,9 @@ def test_the_fp8_form_gives_the_logits_of_its_values(tmp_path: Path, mesh: str |
     save_file(dequantised(stored), tmp_path / "bf16" / MODEL, metadata={"format": "pt"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32)
 
-    with pytest.raises(UsageError, match="fp8"):
-        NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    direct = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16)
+    plain = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+    assert same(direct.state_dict(), plain.state_dict())
     convert(tmp_path / "fp8", tmp_path / "native", dequantize=True, mesh=mesh)
     ours = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
     assert relative(logits(ours), logits(theirs)) < 1e-5

@@ -5,6 +5,7 @@ Round trips cannot tell a transposed `down_proj`: what went wrong on the way in 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ from automodel import NeMoAutoModelForCausalLM
 from automodel.kernels.activations import ClampedSwiGLU
 from automodel.models import NeMoGptOssForCausalLM
 from automodel.models.attention import _eager, _sdpa
-from ckpt_tools import consolidate, convert
-from ckpt_tools.core.errors import UsageError
+from ckpt_tools import consolidate, convert, verify
 from tests.automodel.helpers import GPT_OSS, YARN_ROPE, pair, relative, rope, tokens
 
 SHAPES = {"not square": 64, "square": 32}
@@ -95,12 +95,21 @@ def write_values(root: Path, bf16: Path, stored: dict[str, torch.Tensor]) -> Pat
     return root
 
 
-def test_a_quantised_repository_is_refused_with_the_way_to_load_it(tmp_path: Path) -> None:
-    convert(write_bf16(tmp_path / "bf16", 32), tmp_path / "native")
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_quantised_repository_loads_and_saves_as_a_plain_one(tmp_path: Path, width: int, dtype: torch.dtype) -> None:
+    convert(write_bf16(tmp_path / "bf16", width), tmp_path / "native")
     consolidate(tmp_path / "native", tmp_path / "mxfp4", quantize="mxfp4")
-    with pytest.raises(UsageError, match="mxfp4") as error:
-        NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "mxfp4")
-    assert "--dequantize" in error.value.hint
+    convert(tmp_path / "mxfp4", tmp_path / "dequantised", dequantize=True)
+    expected = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "dequantised", dtype=dtype).state_dict()
+    model = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "mxfp4", dtype=dtype)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert getattr(model.config, "quantization_config", None) is None
+    model.bfloat16().save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+    convert(tmp_path / "saved", tmp_path / "again")
+    consolidate(tmp_path / "again", tmp_path / "quantised again", quantize="mxfp4")
+    verify(tmp_path / "quantised again", against=tmp_path / "mxfp4")
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
