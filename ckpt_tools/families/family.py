@@ -61,7 +61,8 @@ class Family:
         dropped: templates of names that are on disk in some repositories and hold no weights.
         forms: other forms of the Hugging Face side.
         optional_layers: kinds of layers that many repositories leave out whatever their config says, with the
-            template of the names in such a layer. They are there if any name of theirs is, and then wholly.
+            template of the names in such a layer. They are there if any name of theirs is, and then wholly. A flag
+            of the same name says so to rules outside of layers.
     """
 
     name: str
@@ -137,7 +138,8 @@ class Family:
         )
         if not prefixes or any(name.startswith(prefixes) for name in names):
             return shape
-        return replace(shape, layers=tuple(kind for kind in shape.layers if kind not in self.optional_layers))
+        layers = tuple(kind for kind in shape.layers if kind not in self.optional_layers)
+        return replace(shape, layers=layers, flags=shape.flags - self.optional_layers.keys())
 
     def _form(self, name: str) -> Form | None:
         if not name:

@@ -27,7 +27,8 @@ class Shape:
 
     Attributes:
         sizes: numbers behind the size names of the rules.
-        layers: kind of each layer, in order, for example `("dense", "moe", "moe")`.
+        layers: kind of each layer, in order, for example `("dense", "moe", "moe")`; one with several properties has
+            them joined by `+`, for example `linear_attention+moe`.
         experts: number of experts, the length of the `{expert}` axis.
         flags: conditions that hold, for rules with `when`.
     """
@@ -187,12 +188,12 @@ def _holds(condition: str | None, flags: frozenset[str]) -> bool:
 
 def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
     axes = {"layer": len(shape.layers), "expert": shape.experts}
-    if "layer" not in fields(rule.native):
+    if not {"layer", "nth"} & set(fields(rule.native)):
         yield Scope(shape.sizes, axes, {})
         return
     for index, kind in enumerate(shape.layers):
-        if rule.layers is None or rule.layers == kind:
-            yield Scope(shape.sizes, axes, {"layer": index})
+        if rule.layers is None or rule.layers in kind.split("+"):
+            yield Scope(shape.sizes, axes, {"layer": index, "nth": shape.layers[:index].count(kind)})
 
 
 def _leaf_tensors(node: Leaf, scope: Scope, encoding_of: EncodingOf | None) -> Iterator[LeafTensor]:
