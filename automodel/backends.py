@@ -14,7 +14,9 @@ from typing import Literal, get_args
 
 import torch
 
+from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, grouped_mm_obstacle
+from automodel.kernels.short_conv import causal_conv1d_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -23,6 +25,7 @@ _logger = get_logger(__name__)
 
 ExpertsChoice = Literal["auto", "torch", "grouped_mm"]
 NormChoice = Literal["auto", "torch", "fused"]
+LinearAttentionChoice = Literal["auto", "torch", "fla"]
 NormKernel = Literal["torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
@@ -35,10 +38,13 @@ class Backend:
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
+        linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
+            flash-linear-attention, and causal-conv1d where that is installed.
     """
 
     experts: ExpertsChoice = "auto"
     norm: NormChoice = "auto"
+    linear_attention: LinearAttentionChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
@@ -53,7 +59,11 @@ class Backend:
             return cls()
         if isinstance(value, str):
             value = {field.name: value for field in fields(cls)} if value == "torch" else {"experts": value}
-        choices = {"experts": get_args(ExpertsChoice), "norm": get_args(NormChoice)}
+        choices = {
+            "experts": get_args(ExpertsChoice),
+            "norm": get_args(NormChoice),
+            "linear_attention": get_args(LinearAttentionChoice),
+        }
         for layer, kernel in value.items():
             if layer not in choices:
                 raise UsageError(
@@ -109,6 +119,37 @@ def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         return Resolved("torch", "FP32 keeps the reference")
     return Resolved("fused")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDeltaRule(Resolved):
+    """`Resolved` for the gated delta rule."""
+
+    kernel: DeltaRuleKernel = "torch"
+
+
+def resolve_delta_rule(backend: Backend, device: torch.device, dtype: torch.dtype) -> ResolvedDeltaRule:
+    """The kernel of the gated delta rule for activations of `dtype`.
+
+    Raises:
+        UsageError: `fla` was asked for by name and cannot run.
+    """
+    if backend.linear_attention == "torch":
+        return ResolvedDeltaRule("torch", "asked for")
+    obstacle = fla_obstacle(device, dtype)
+    if obstacle is None:
+        return ResolvedDeltaRule("fla")
+    if backend.linear_attention == "fla":
+        raise UsageError(f"the linear attention backend fla cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedDeltaRule("torch", obstacle)
+
+
+def resolve_short_conv(backend: Backend, device: torch.device) -> Resolved:
+    """The kernel of the convolution before the gated delta rule: `"fused"` or `"torch"`."""
+    if backend.linear_attention == "torch":
+        return Resolved("torch", "asked for")
+    obstacle = causal_conv1d_obstacle(device)
+    return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
 
 
 def require_attention(name: str | None) -> None:

@@ -1,5 +1,5 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464, equation 10): references in torch, and flash-linear-attention's
-kernels behind the same function where they are installed.
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464, equation 10): references in torch, and the kernels of
+flash-linear-attention behind the same function where it is installed.
 
 The state S [K, V] of a head maps keys to values. Each token t first lets it decay, then corrects what it holds for the
 token's key, and is read with the token's query:

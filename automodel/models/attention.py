@@ -1,7 +1,8 @@
 """Causal self-attention with one fused projection for queries, keys and values.
 
 The projection's rows are grouped by KV head: its R query heads, then its key head, then its value head, so that a
-shard of the groups is a complete attention over fewer heads.
+shard of the groups is a complete attention over fewer heads. Where the output is gated, the gates of a group's heads
+come between its queries and its key.
 
 Legend: B batch, S sequence, D hidden, H heads, G kv heads, R = H / G, d head_dim, T keys attended to.
 """
@@ -45,11 +46,13 @@ class Attention(nn.Module):
         self.heads_per_group = heads // groups
         self.head_dim = head_dim
         self.dropout = spec.attention_dropout
-        self.qkv_proj = nn.Linear(spec.hidden_size, (heads + 2 * groups) * head_dim, bias=spec.qkv_bias)
+        self.gates_per_group = self.heads_per_group if spec.gated_attention else 0
+        rows = groups * (self.heads_per_group + self.gates_per_group + 2) * head_dim
+        self.qkv_proj = nn.Linear(spec.hidden_size, rows, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads * head_dim, spec.hidden_size, bias=spec.output_bias)
         self.register_parameter("sinks", nn.Parameter(torch.zeros(heads)) if spec.sinks else None)
-        self.q_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
+        self.q_norm = _head_norm(spec, backend)
+        self.k_norm = _head_norm(spec, backend)
 
     def forward(
         self,
@@ -71,8 +74,8 @@ class Attention(nn.Module):
             cache_position: [S], index of each query token in the cache.
         """
         batch, length, _ = x_BSD.shape
-        qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, self.heads_per_group + 2, self.head_dim)
-        query, key, value_BSGd = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, -1, self.head_dim)
+        query, gate, key, value_BSGd = qkv.split((self.heads_per_group, self.gates_per_group, 1, 1), dim=3)
         cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
         query_BHSd = rotate(self.q_norm(query), cos, sin).flatten(2, 3).transpose(1, 2)
         key_BGSd = rotate(self.k_norm(key), cos, sin).flatten(2, 3).transpose(1, 2)
@@ -83,7 +86,16 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
         output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
-        return self.o_proj(output_BHSd.transpose(1, 2).flatten(2, 3)), probabilities
+        output_BSD = output_BHSd.transpose(1, 2).flatten(2, 3)
+        if self.gates_per_group:
+            output_BSD = output_BSD * gate.flatten(2).sigmoid()
+        return self.o_proj(output_BSD), probabilities
+
+
+def _head_norm(spec: DecoderSpec, backend: Backend) -> nn.Module:
+    if not spec.qk_norm:
+        return nn.Identity()
+    return RMSNorm(spec.head_dim, spec.norm_eps, backend, zero_centred=spec.zero_centred_norms)
 
 
 def _sdpa(

@@ -25,13 +25,16 @@ from automodel.backends import (
     BackendReport,
     BackendRow,
     require_attention,
+    resolve_delta_rule,
     resolve_experts,
     resolve_norm,
+    resolve_short_conv,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
-from automodel.models.norms import RMSNorm
+from automodel.models.delta_net import Decay
+from automodel.models.norms import GatedRMSNorm, RMSNorm
 from automodel.models.predict_layer import PredictLayer
 from automodel.models.spec import DecoderSpec
 from automodel.moe.router import TopKRouter, load_balancing_loss
@@ -55,6 +58,7 @@ class ModelSource:
 
 
 _logger = get_logger(__name__)
+_DECAY_RATES = (0.01, 16.0)
 _UNSET_SAVE_ARGUMENTS: dict[str, tuple[object, ...]] = {
     "safe_serialization": (None, True),
     "push_to_hub": (None, False),
@@ -94,8 +98,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         self.backend = Backend.parse(backend)
         self.spec = self.decoder_spec(config)
         self.model = Decoder(config, self.spec, self.backend)
-        for layer in range(config.num_hidden_layers, config.num_hidden_layers + predict_layers):
-            self.model.layers.append(PredictLayer(self.spec, layer, config.vocab_size, self.backend))
+        self._hold_predict_layers(predict_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -103,6 +106,12 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     @abstractmethod
     def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
         """What the family's config means for the shared decoder."""
+
+    def _hold_predict_layers(self, count: int) -> None:
+        """Make the modules of `count` layers for multi-token prediction, under the names of the family's layout."""
+        first = self.config.num_hidden_layers
+        for layer in range(first, first + count):
+            self.model.layers.append(PredictLayer(self.spec, layer, self.config.vocab_size, self.backend))
 
     def forward(
         self,
@@ -244,13 +253,19 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         weight = self.lm_head.weight
         norm = resolve_norm(self.backend, weight.device, weight.dtype)
         norms = sum(isinstance(module, RMSNorm) for module in self.modules())
+        linear = self.spec.attention_kinds.count("linear_attention")
         attention = self.config._attn_implementation
         slower = "asked for" if attention == "eager" else ""
         rows = [
-            BackendRow("attention", self.config.num_hidden_layers, attention, slower),
+            BackendRow("attention", self.config.num_hidden_layers - linear, attention, slower),
             BackendRow("norm", norms, norm.kernel, norm.reason),
             BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
         ]
+        if linear:
+            rule = resolve_delta_rule(self.backend, weight.device, weight.dtype)
+            conv = resolve_short_conv(self.backend, weight.device)
+            rows.insert(1, BackendRow("linear attention", linear, rule.kernel, rule.reason))
+            rows.insert(2, BackendRow("short convolution", linear, conv.kernel, conv.reason))
         if moe := self.spec.moe:
             resolved = resolve_experts(self.backend, weight.device, weight.dtype, self.spec.hidden_size, moe.width)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
@@ -261,7 +276,7 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameter in module.named_parameters(recurse=False):
             constant = fresh_constant(module, name)
             if constant is None:
-                parameter.normal_(0.0, self.config.initializer_range)
+                draw_fresh(parameter, module, name, self.config.initializer_range)
             else:
                 parameter.fill_(constant)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -270,10 +285,22 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
 
 def fresh_constant(owner: nn.Module, name: str) -> float | None:
     """What a parameter of `owner` holds before training, None where its values are random; as transformers has it."""
-    if isinstance(owner, RMSNorm):
+    if isinstance(owner, (RMSNorm, GatedRMSNorm)):
+        return 0.0 if getattr(owner, "zero_centred", False) else 1.0
+    if isinstance(owner, Decay) and name == "dt_bias":
         return 1.0
     is_bias = name.endswith("bias")  # experts call theirs down_proj_bias; a router's is random
     return 0.0 if is_bias and not isinstance(owner, TopKRouter) else None
+
+
+def draw_fresh(
+    values: torch.Tensor, owner: nn.Module, name: str, std: float, generator: torch.Generator | None = None
+) -> None:
+    """Fill `values` as transformers does for a parameter of `owner`: normal, or the logarithm of a decay rate."""
+    if isinstance(owner, Decay) and name == "A_log":
+        values.uniform_(*_DECAY_RATES, generator=generator).log_()
+    else:
+        values.normal_(0.0, std, generator=generator)
 
 
 def _default(value: bool | None, fallback: bool) -> bool:

@@ -41,6 +41,7 @@ class MoeMLP(nn.Module):
         activation = moe.activation or Gated(spec.activation)
         self.experts = Experts(moe.num_experts, spec.hidden_size, moe.width, activation, backend, bias=moe.bias)
         self.shared_experts = GatedMLP(spec, moe.shared_width) if moe.shared_width else None
+        self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output [B, S, D] and its router logits [B * S, E]."""
@@ -50,7 +51,10 @@ class MoeMLP(nn.Module):
         logits_NE, weight_NK, index_NK = self.gate(x_ND)
         output_BSD = self.experts(x_ND, index_NK, weight_NK).view_as(x_BSD)
         if self.shared_experts is not None:
-            output_BSD = output_BSD + self.shared_experts(x_BSD)[0]
+            shared_BSD = self.shared_experts(x_BSD)[0]
+            if self.shared_expert_gate is not None:
+                shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
+            output_BSD = output_BSD + shared_BSD
         return output_BSD, logits_NE
 
 

@@ -59,6 +59,11 @@ def parallelize(
                 shard_experts(module, parallel, policy, reshard_after_forward=reshard_after_forward)
             else:
                 own_experts.update(module.parameters())
+    for module in model.modules():
+        if getattr(module, "keeps_float32", False):
+            # A unit of its own: FSDP2 has one dtype a unit, and computes in it.
+            exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, mesh=parallel.dense, mp_policy=exact, reshard_after_forward=reshard_after_forward)
     for layer in layers:
         fully_shard(
             layer,

@@ -39,12 +39,15 @@ def test_packed_documents_see_only_themselves(name: str, attention: str) -> None
             for row, n in zip(ids, lengths, strict=True)
         ]
     assert relative(packed, torch.stack(alone)) < 1e-5
-    if theirs.config.model_type != "gpt_oss":  # transformers' GPT-OSS sees all of the row
+    # transformers' GPT-OSS sees all of the row, and so do its layers with linear attention.
+    if not theirs.config.model_type.startswith(("gpt_oss", "qwen3_next", "qwen3_5")):
         assert relative(packed, expected) < 1e-5
 
 
-def test_packed_documents_have_the_gradients_of_separate_ones() -> None:
-    _, ours = pair("qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
+def test_packed_documents_have_the_gradients_of_separate_ones(name: str) -> None:
+    # In FP64: some gradients are sums that almost cancel.
+    ours = pair(name)[1].double()
     ids = tokens(1, 12)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     ours(ids, position_ids=positions).logits.square().sum().backward()
