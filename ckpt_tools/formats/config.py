@@ -101,9 +101,9 @@ def _complete_layer_types(config: dict[str, object]) -> None:
         if types == _alternating(len(types), interval):
             config.setdefault("full_attention_interval", interval)
     elif isinstance(layers, int):
-        interval = config.setdefault("full_attention_interval", 4)
-        if isinstance(interval, int) and interval > 0:
-            config["layer_types"] = _alternating(layers, interval)
+        given = config.setdefault("full_attention_interval", 4)
+        if isinstance(given, int) and given > 0:
+            config["layer_types"] = _alternating(layers, given)
 
 
 def _alternating(layers: int, interval: int) -> list[str]:
