@@ -140,7 +140,7 @@ def _decay_in_forward(mesh_config):
     expected = decay.A_log.detach().clone()
     parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
     seen = []
-    decay.register_forward_hook(lambda module, *_: seen.append(module.A_log.detach().clone()))
+    decay.register_forward_pre_hook(lambda module, _: seen.append(module.A_log.detach().clone()))
     model(input_ids=batch(2), labels=batch(2)).loss.backward()
     gradients = {decay.A_log.grad.dtype, model.model.layers[0].linear_attn.out_proj.weight.grad.dtype}
     return torch.equal(seen[0], expected), expected.dtype, gradients
