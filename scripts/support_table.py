@@ -26,6 +26,8 @@ CASES = {
     "qwen3_moe-dense_layers": "Qwen3-MoE, `mlp_only_layers` and `decoder_sparse_step`",
     "gpt_oss": "GPT-OSS (unquantised form)",
     "deepseek_v3": "DeepSeek V3 (unquantised form)",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_moe": "Qwen3.5-MoE, text model",
     "mixtral": "Mixtral",
     "qwen3": "Qwen3",
     "qwen2": "Qwen2",

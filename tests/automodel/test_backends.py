@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
     [
         (None, Backend()),
         ("auto", Backend()),
-        ("torch", Backend(experts="torch", norm="torch")),
+        ("torch", Backend(experts="torch", norm="torch", linear_attention="torch")),
         ("grouped_mm", Backend(experts="grouped_mm")),
         ({"norm": "fused"}, Backend(norm="fused")),
         (Backend(norm="torch"), Backend(norm="torch")),

@@ -62,7 +62,7 @@ def test_every_checkpoint_comes_back_bit_for_bit_through_any_two_meshes(
 ) -> None:
     root = tmp_path_factory.mktemp("case")
     config = {
-        "num_experts" if family == "qwen3_moe" else "num_local_experts": experts,
+        "num_experts" if family.startswith("qwen3") else "num_local_experts": experts,
         "num_attention_heads": groups * queries,
         "num_key_value_heads": groups,
         "mlp_only_layers": sorted(dense),

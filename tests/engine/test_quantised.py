@@ -20,10 +20,22 @@ from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
 
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-FORMS = {"qwen3_moe": "fp8", "deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+FORMS = {
+    "qwen3_moe": "fp8",
+    "qwen3_next": "fp8",
+    "qwen3_5_moe": "fp8",
+    "qwen3_5": "fp8",
+    "deepseek_v3": "fp8",
+    "gpt_oss": "mxfp4",
+}
+# Queries, keys and values of a leaf end within blocks.
+DELTA_NET = {"hidden_size": 160, "linear_key_head_dim": 40, "linear_value_head_dim": 35, "intermediate_size": 200}
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200},
     "deepseek_v3": {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200, "kv_lora_rank": 130},
+    "qwen3_next": {**DELTA_NET, "moe_intermediate_size": 136},
+    "qwen3_5_moe": {**DELTA_NET, "shared_expert_intermediate_size": 136},
+    "qwen3_5": DELTA_NET,
     "gpt_oss": {},
 }
 

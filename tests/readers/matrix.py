@@ -32,6 +32,11 @@ class Cell:
     case: str
 
     @property
+    def runs(self) -> bool:
+        """Whether the case is made by the writer and asked of the reader."""
+        return not {(self.reader, self.case), (self.writer, self.case)} & NOT_RUN.keys()
+
+    @property
     def limit(self) -> str | None:
         """Why the reader cannot serve this architecture, whoever wrote the checkpoint; None where it can."""
         return LIMITS.get((self.reader, self.case))
@@ -55,8 +60,7 @@ def cells(readers: Sequence[str], cases: Sequence[str]) -> list[Cell]:
     chosen = []
     for reader in readers:
         writers = WRITERS if reader in WRITERS else WRITERS[-1:]
-        asked = [case for case in cases if (reader, case) not in NOT_RUN]
-        chosen += [Cell(reader, writer, case) for writer in writers for case in asked]
+        chosen += [cell for writer in writers for case in cases if (cell := Cell(reader, writer, case)).runs]
     return chosen
 
 
@@ -83,7 +87,8 @@ class Workshop:
         """The stock checkpoint of a cell."""
         if cell.writer not in self._written:
             script = HERE / "make_checkpoints.py"
-            _run(interpreter(cell.writer), script, self.root / cell.writer, *self.cases)
+            made = [case for case in self.cases if (cell.writer, case) not in NOT_RUN]
+            _run(interpreter(cell.writer), script, self.root / cell.writer, *made)
             self._written.add(cell.writer)
         return self.root / cell.writer / cell.case
 
@@ -103,9 +108,8 @@ class Workshop:
     def report(self, cell: Cell) -> dict[str, Any]:
         """The reader's report on the consolidated checkpoint; transformers checks a writer's cases at one start."""
         if cell not in self._reports:
-            together = (
-                [Cell(cell.reader, cell.writer, case) for case in self.cases] if cell.reader in WRITERS else [cell]
-            )
+            every = [Cell(cell.reader, cell.writer, case) for case in self.cases]
+            together = [each for each in every if each.runs] if cell.reader in WRITERS else [cell]
             checkpoints = [self.consolidated(each) for each in together]
             self._reports |= zip(together, self.ask(together, checkpoints), strict=True)
         return self._reports[cell]

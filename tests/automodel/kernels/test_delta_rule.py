@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -128,6 +131,35 @@ def test_the_convolution_takes_each_token_and_those_before_it() -> None:
     parts = [short_conv(torch.nn.functional.pad(part, (3, 0)), weight) for part in x[:1].split((4, 5), dim=2)]
     assert relative(packed[:1], torch.cat(parts, 2)) < 1e-6
     assert relative(packed[1:], short_conv(padded, weight)[1:]) < 1e-6
+
+
+def _library_rule(q, k, v, *, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens=None):
+    """flash-linear-attention's function as it documents it: rows, or one row of sequences that `cu_seqlens` bounds."""
+    assert output_final_state
+    assert use_qk_l2norm_in_kernel
+    values = (q, k, v, g, beta)
+    if cu_seqlens is None:
+        return gated_delta_rule(*values, "torch", state_BHKV=initial_state)
+    assert (len(q), initial_state) == (1, None)
+    lengths = cu_seqlens.diff().tolist()
+    parts = [gated_delta_rule(*part, "torch") for part in zip(*(x.split(lengths, dim=1) for x in values), strict=True)]
+    return torch.cat([output for output, _ in parts], 1), torch.cat([last for _, last in parts])
+
+
+@pytest.mark.parametrize("length", [1, 30])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_linear_attention_is_called_as_it_documents(
+    monkeypatch: pytest.MonkeyPatch, length: int, packed: bool
+) -> None:
+    rules = {"chunk_gated_delta_rule": _library_rule, "fused_recurrent_gated_delta_rule": _library_rule}
+    library = SimpleNamespace(**rules)
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, library)
+    documents = (torch.arange(length) >= 12).long() + torch.tensor([[0], [3]]) * (torch.arange(length) >= 20)
+    options = {"document_BS": documents} if packed else {"state_BHKV": state()}
+    expected = gated_delta_rule(*inputs(length), "torch", **options)
+    actual = gated_delta_rule(*inputs(length), "fla", **options)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(actual, expected, strict=True))
 
 
 def test_flash_linear_attention_says_why_it_does_not_run() -> None:
