@@ -17,14 +17,14 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64, *, batch: int = 2, seed: int = 0) -> Inputs:
-    """Queries, keys [B, S, H, K], values [B, S, H, V], decays and betas [B, S, H], some decays strong."""
+    """Queries, keys [B, S, H, K], values [B, S, H, V], decays and betas [B, S, H]; heads forget slowly to at once."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(batch, length, 3, *shape, generator=generator, dtype=torch.float64)
 
     query, key, value = draw(8), draw(8), draw(6)
-    decay, beta = -draw().exp() * 0.7, draw().sigmoid()
+    decay, beta = -draw().exp() * torch.tensor([1e-3, 0.05, 1.0]), draw().sigmoid()
     return tuple(x.to(dtype) for x in (query, key, value, decay, beta))
 
 
