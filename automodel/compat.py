@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ckpt_tools.core.errors import UsageError
 
 TRANSFORMERS_5: bool = int(transformers.__version__.split(".")[0]) >= 5
+_HAS_STATES = hasattr(Cache, "get_recurrent_state")  # else Qwen3-Next has a cache class of its own
 _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
@@ -137,7 +138,7 @@ def update_cache(
 
 def make_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache that grows, of the kind that the config's layers need."""
-    if not TRANSFORMERS_5 and "linear_attention" in (getattr(config, "layer_types", None) or ()):
+    if not _HAS_STATES and "linear_attention" in (getattr(config, "layer_types", None) or ()):
         from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDynamicCache
 
         return Qwen3NextDynamicCache(config)
@@ -163,7 +164,7 @@ def load_recurrent_state(cache: Cache, layer: int) -> torch.Tensor | None:
     Raises:
         UsageError: the cache has no room for such states.
     """
-    if TRANSFORMERS_5:
+    if _HAS_STATES:
         return cache.get_recurrent_state(layer)
     if not hasattr(cache, "recurrent_states"):
         raise UsageError(
@@ -175,7 +176,7 @@ def load_recurrent_state(cache: Cache, layer: int) -> torch.Tensor | None:
 
 def save_recurrent_state(cache: Cache, layer: int, state: torch.Tensor) -> None:
     """Replace the state of a linear-attention layer."""
-    if TRANSFORMERS_5:
+    if _HAS_STATES:
         cache.update_recurrent_state(state, layer)
     else:
         cache.recurrent_states[layer] = state
@@ -183,7 +184,7 @@ def save_recurrent_state(cache: Cache, layer: int, state: torch.Tensor) -> None:
 
 def extend_conv_columns(cache: Cache, x_BCS: torch.Tensor, layer: int, taps: int) -> torch.Tensor:
     """[B, C, taps - 1 + S]: this pass's columns behind those before them, the last `taps` of which the cache keeps."""
-    if TRANSFORMERS_5:
+    if _HAS_STATES:
         whole = cache.update_conv_state(x_BCS, layer, conv_kernel_size=taps)
     else:
         before = cache.conv_states[layer]

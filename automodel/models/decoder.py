@@ -202,8 +202,10 @@ class Decoder(nn.Module):
             if kind != "linear_attention"
         }
         if "linear_attention" in kinds:
-            padding = padding_mask_for(attention_mask, x_BSD.shape[1])
-            masks["linear_attention"] = Documents.of(position_ids) if packed else padding
+            rows, length = x_BSD.shape[:2]
+            masks["linear_attention"] = (
+                Documents.of(position_ids.expand(rows, -1)) if packed else padding_mask_for(attention_mask, length)
+            )
         return masks
 
 

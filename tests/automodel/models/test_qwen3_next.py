@@ -226,6 +226,8 @@ def test_the_cache_is_of_constant_size_and_packed_documents_make_none() -> None:
         assert states[0].shape == (2, 4, 8, 12)
         assert states[0].dtype == torch.float32
         assert ours(tokens(1, 9), position_ids=positions).past_key_values is None
+        both = ours(tokens(2, 9), position_ids=positions).logits
+        assert relative(both, ours(tokens(2, 9), position_ids=positions.expand(2, -1)).logits) == 0
         with pytest.raises(UsageError, match="packed documents"):
             ours(tokens(1, 9), position_ids=positions, use_cache=True)
 
