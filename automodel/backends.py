@@ -16,8 +16,10 @@ import torch
 
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
+from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle, has_triton
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
+from automodel.kernels.short_conv import causal_conv1d_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -27,6 +29,7 @@ _logger = get_logger(__name__)
 ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused"]
 NormChoice = Literal["auto", "torch", "fused"]
 MambaChoice = Literal["auto", "torch", "fused"]
+LinearAttentionChoice = Literal["auto", "torch", "fla"]
 NormKernel = Literal["torch", "fused"]
 SdpaChoice = Literal["auto", "torch", "cudnn"]
 LayersChoice = Literal["auto", "eager", "compiled"]
@@ -44,6 +47,8 @@ class Backend:
             Triton kernels around the products.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
+        linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
+            flash-linear-attention, and causal-conv1d where that is installed.
         sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, `"cudnn"` prefers cuDNN's.
         layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
         loss: `"fused"` computes head and loss by chunks, where the caller passes `skip_logits=True`.
@@ -55,6 +60,7 @@ class Backend:
     sdpa: SdpaChoice = "auto"
     layers: LayersChoice = "auto"
     loss: LossChoice = "auto"
+    linear_attention: LinearAttentionChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
@@ -87,6 +93,7 @@ _CHOICES = {
     "experts": ExpertsChoice,
     "norm": NormChoice,
     "mamba": MambaChoice,
+    "linear_attention": LinearAttentionChoice,
     "sdpa": SdpaChoice,
     "layers": LayersChoice,
     "loss": LossChoice,
@@ -207,6 +214,37 @@ def resolve_loss(backend: Backend, device: torch.device) -> Resolved:
     if backend.loss != "auto":
         return Resolved(backend.loss, "" if backend.loss == "fused" else "asked for")
     obstacle = fused_loss_obstacle(device)
+    return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDeltaRule(Resolved):
+    """`Resolved` for the gated delta rule."""
+
+    kernel: DeltaRuleKernel = "torch"
+
+
+def resolve_delta_rule(backend: Backend, device: torch.device, dtype: torch.dtype) -> ResolvedDeltaRule:
+    """The kernel of the gated delta rule for activations of `dtype`.
+
+    Raises:
+        UsageError: `fla` was asked for by name and cannot run.
+    """
+    if backend.linear_attention == "torch":
+        return ResolvedDeltaRule("torch", "asked for")
+    obstacle = fla_obstacle(device, dtype)
+    if obstacle is None:
+        return ResolvedDeltaRule("fla")
+    if backend.linear_attention == "fla":
+        raise UsageError(f"the linear attention backend fla cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedDeltaRule("torch", obstacle)
+
+
+def resolve_short_conv(backend: Backend, device: torch.device) -> Resolved:
+    """The kernel of the convolution before the gated delta rule: `"fused"` or `"torch"`."""
+    if backend.linear_attention == "torch":
+        return Resolved("torch", "asked for")
+    obstacle = causal_conv1d_obstacle(device)
     return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
 
 

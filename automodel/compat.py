@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import PretrainedConfig as PreTrainedConfig  # both versions have this spelling
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,6 +23,7 @@ from ckpt_tools.core.errors import UsageError
 TRANSFORMERS_5: bool = int(transformers.__version__.split(".")[0]) >= 5
 _ONLY_IN_5 = frozenset({"nemotron_h"})
 """`model_type` of the families here that transformers 4.57 does not know."""
+_HAS_STATES = hasattr(Cache, "get_recurrent_state")  # else Qwen3-Next has a cache class of its own
 _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
@@ -147,6 +149,64 @@ def update_cache(
     if TRANSFORMERS_5:
         return cache.update(key_BGSd, value_BGSd, layer)
     return cache.update(key_BGSd, value_BGSd, layer, {"cache_position": cache_position})
+
+
+def make_cache(config: PreTrainedConfig) -> Cache:
+    """An empty cache that grows, of the kind that the config's layers need."""
+    if not _HAS_STATES and "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDynamicCache
+
+        return Qwen3NextDynamicCache(config)
+    return DynamicCache(config=config)
+
+
+def padding_mask_for(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The mask [B, S] of a layer without a softmax: None where no token of this pass is padding.
+
+    Args:
+        attention_mask: [B, keys] with 0 at padding, a prepared mask of attention (which says nothing here), or None.
+        length: S, tokens of this pass.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or length == 1:
+        return None
+    mask_BS = attention_mask[:, -length:]
+    return None if bool((mask_BS == 1).all()) else mask_BS
+
+
+def load_recurrent_state(cache: Cache, layer: int) -> torch.Tensor | None:
+    """The state that a linear-attention layer left in the cache, None before its first pass.
+
+    Raises:
+        UsageError: the cache has no room for such states.
+    """
+    if _HAS_STATES:
+        return cache.get_recurrent_state(layer)
+    if not hasattr(cache, "recurrent_states"):
+        raise UsageError(
+            f"{type(cache).__name__} holds no states of linear attention",
+            hint="leave past_key_values out: the model makes a cache that does",
+        )
+    return cache.recurrent_states[layer]
+
+
+def save_recurrent_state(cache: Cache, layer: int, state: torch.Tensor) -> None:
+    """Replace the state of a linear-attention layer."""
+    if _HAS_STATES:
+        cache.update_recurrent_state(state, layer)
+    else:
+        cache.recurrent_states[layer] = state
+
+
+def extend_conv_columns(cache: Cache, x_BCS: torch.Tensor, layer: int, taps: int) -> torch.Tensor:
+    """[B, C, taps - 1 + S]: this pass's columns behind those before them, the last `taps` of which the cache keeps."""
+    if _HAS_STATES:
+        whole = cache.update_conv_state(x_BCS, layer, conv_kernel_size=taps)
+    else:
+        before = cache.conv_states[layer]
+        whole = x_BCS if before is None else torch.cat((before, x_BCS), dim=-1)
+        cache.conv_states[layer] = F.pad(whole, (max(0, taps - whole.shape[-1]), 0))[..., -taps:]
+    wanted = taps - 1 + x_BCS.shape[-1]
+    return F.pad(whole, (max(0, wanted - whole.shape[-1]), 0))[..., -wanted:]
 
 
 def tied_weights_keys(target: str, source: str) -> dict[str, str] | list[str]:

@@ -29,6 +29,8 @@ CASES = {
     "nemotron_h": "Nemotron-H",
     "nemotron_h-moe": "Nemotron-H with experts",
     "nemotron_h-latent_moe": "Nemotron-H with latent experts",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_moe": "Qwen3.5-MoE, text model",
     "mixtral": "Mixtral",
     "qwen3": "Qwen3",
     "qwen2": "Qwen2",

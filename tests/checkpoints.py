@@ -26,6 +26,21 @@ DECODER: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+DELTA_NET: dict[str, Any] = {
+    **DECODER,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+}
+SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         **DECODER,
@@ -98,6 +113,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,
         "mtp_hybrid_override_pattern": "*E",
     },
+    "qwen3_next": {
+        **DELTA_NET,
+        **SHARED_EXPERT,
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mlp_only_layers": [2],
+        "decoder_sparse_step": 1,
+    },
+    "qwen3_5_moe": {
+        **DELTA_NET,
+        **SHARED_EXPERT,
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+    },
+    "qwen3_5": {**DELTA_NET, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
     "llama": {
         **DECODER,
         "model_type": "llama",

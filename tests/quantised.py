@@ -17,19 +17,32 @@ from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
 
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-FORMS = {"qwen3_moe": "fp8", "deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+FORMS = {
+    "qwen3_moe": "fp8",
+    "qwen3_next": "fp8",
+    "qwen3_5_moe": "fp8",
+    "qwen3_5": "fp8",
+    "deepseek_v3": "fp8",
+    "gpt_oss": "mxfp4",
+}
 """The form that each family is best known in."""
 FP8_FAMILIES = ("deepseek_v3", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 ALL_FORMS = [
     *((family, form) for family in FP8_FAMILIES for form in ("fp8", "fp8-channel", "fp8-tensor")),
+    *((family, "fp8") for family in ("qwen3_next", "qwen3_5_moe", "qwen3_5")),
     ("gpt_oss", "mxfp4"),
 ]
 WIDE = {"hidden_size": 160, "intermediate_size": 200}
 """Neither is a multiple of 128: blocks at the edges are ragged."""
+# Queries, keys and values of a leaf end within blocks.
+DELTA_NET = {"hidden_size": 160, "linear_key_head_dim": 40, "linear_value_head_dim": 35, "intermediate_size": 200}
 SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mixtral", "qwen2", "qwen3"), WIDE),
     "qwen3_moe": {**WIDE, "moe_intermediate_size": 136},
     "deepseek_v3": {**WIDE, "moe_intermediate_size": 136, "kv_lora_rank": 130},
+    "qwen3_next": {**DELTA_NET, "moe_intermediate_size": 136},
+    "qwen3_5_moe": {**DELTA_NET, "shared_expert_intermediate_size": 136},
+    "qwen3_5": DELTA_NET,
     "gpt_oss": {},
 }
 MODELOPT = {"quant_algo": "FP8", "quant_method": "modelopt"}

@@ -1,7 +1,8 @@
 """Causal self-attention with one fused projection for queries, keys and values.
 
 The projection's rows are grouped by KV head: its R query heads, then its key head, then its value head, so that a
-shard of the groups is a complete attention over fewer heads.
+shard of the groups is a complete attention over fewer heads. Where the output is gated, the gates of a group's heads
+come between its queries and its key.
 
 Legend: B batch, S sequence, D hidden, H heads, G kv heads, R = H / G, d head_dim, T keys attended to.
 """
@@ -48,11 +49,13 @@ class Attention(nn.Module):
         self.heads_per_group = heads // groups
         self.head_dim = head_dim
         self.dropout = spec.attention_dropout
-        self.qkv_proj = nn.Linear(spec.hidden_size, (heads + 2 * groups) * head_dim, bias=spec.qkv_bias)
+        self.gates_per_group = self.heads_per_group if spec.gated_attention else 0
+        rows = groups * (self.heads_per_group + self.gates_per_group + 2) * head_dim
+        self.qkv_proj = nn.Linear(spec.hidden_size, rows, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads * head_dim, spec.hidden_size, bias=spec.output_bias)
         self.register_parameter("sinks", nn.Parameter(torch.zeros(heads)) if spec.sinks else None)
-        self.q_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, spec.norm_eps, backend) if spec.qk_norm else nn.Identity()
+        self.q_norm = _head_norm(spec, backend)
+        self.k_norm = _head_norm(spec, backend)
 
     def forward(
         self,
@@ -74,8 +77,8 @@ class Attention(nn.Module):
             cache_position: [S], index of each query token in the cache.
         """
         batch, length, _ = x_BSD.shape
-        qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, self.heads_per_group + 2, self.head_dim)
-        query, key, value_BSGd = qkv.split((self.heads_per_group, 1, 1), dim=3)
+        qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, -1, self.head_dim)
+        query, gate, key, value_BSGd = qkv.split((self.heads_per_group, self.gates_per_group, 1, 1), dim=3)
         query, key = self.q_norm(query), self.k_norm(key)
         if cos_BSd is not None and sin_BSd is not None:
             cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
@@ -90,7 +93,16 @@ class Attention(nn.Module):
         if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype).kernel == "cudnn":
             attend = partial(cudnn_first, attend)
         output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
-        return self.o_proj(output_BHSd.transpose(1, 2).flatten(2, 3)), probabilities
+        output_BSD = output_BHSd.transpose(1, 2).flatten(2, 3)
+        if self.gates_per_group:
+            output_BSD = output_BSD * gate.flatten(2).sigmoid()
+        return self.o_proj(output_BSD), probabilities
+
+
+def _head_norm(spec: DecoderSpec, backend: Backend) -> nn.Module:
+    if not spec.qk_norm:
+        return nn.Identity()
+    return RMSNorm(spec.head_dim, spec.norm_eps, backend, zero_centred=spec.zero_centred_norms)
 
 
 def _sdpa(

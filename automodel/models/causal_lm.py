@@ -26,20 +26,23 @@ from automodel.backends import (
     BackendRow,
     ResolvedExperts,
     require_attention,
+    resolve_delta_rule,
     resolve_experts,
     resolve_layers,
     resolve_loss,
     resolve_mamba,
     resolve_norm,
     resolve_sdpa,
+    resolve_short_conv,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.kernels.activations import Gated
 from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
+from automodel.models.delta_net import Decay
 from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
 from automodel.models.mamba import GatedGroupNorm, StateSpace
-from automodel.models.norms import RMSNorm
+from automodel.models.norms import GatedRMSNorm, RMSNorm
 from automodel.models.predict_layer import PredictLayer
 from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.router import TopKRouter, load_balancing_loss
@@ -64,6 +67,7 @@ class ModelSource:
 
 _ATTENDING = ("full_attention", "sliding_attention")
 _logger = get_logger(__name__)
+_DECAY_RATES = (0.01, 16.0)
 _UNSET_SAVE_ARGUMENTS: dict[str, tuple[object, ...]] = {
     "safe_serialization": (None, True),
     "push_to_hub": (None, False),
@@ -117,6 +121,12 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     @abstractmethod
     def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
         """What the family's config means for the shared decoder."""
+
+    def _hold_predict_layers(self, count: int) -> None:
+        """Make the modules of `count` layers for multi-token prediction, under the names of the family's layout."""
+        first = self.config.num_hidden_layers
+        for layer in range(first, first + count):
+            self.model.layers.append(PredictLayer(self.spec, layer, self.config.vocab_size, self.backend))
 
     def forward(
         self,
@@ -271,6 +281,8 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         layers = resolve_layers(self.backend, weight.device, training=self.training)
         loss = resolve_loss(self.backend, weight.device)
         norms = sum(isinstance(module, RMSNorm) for module in self.modules())
+        delta_nets = self.spec.attention_kinds.count("linear_attention") if self.spec.delta_net else 0
+        compilable = sum(getattr(layer, "can_compile", False) for layer in self.model.layers)
         attention = self.config._attn_implementation
         slower = "asked for" if attention == "eager" else sdpa.reason
         if attention == "sdpa" and sdpa.kernel == "cudnn":
@@ -279,9 +291,16 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
             BackendRow("attention", sum(kind in _ATTENDING for kind in self.spec.attention_kinds), attention, slower),
             BackendRow("norm", norms, norm.kernel, norm.reason),
             BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
-            BackendRow("layers", self.config.num_hidden_layers, layers.kernel, layers.reason),
+            BackendRow("layers", compilable, layers.kernel, layers.reason),
             BackendRow("loss", 1, loss.kernel, loss.reason),
         ]
+        if hybrid := self.config.num_hidden_layers - compilable:
+            rows.append(BackendRow("hybrid layers", hybrid, "eager", "layers of hybrids that scan are not compiled"))
+        if delta_nets:
+            rule = resolve_delta_rule(self.backend, weight.device, weight.dtype)
+            conv = resolve_short_conv(self.backend, weight.device)
+            rows.insert(1, BackendRow("linear attention", delta_nets, rule.kernel, rule.reason))
+            rows.insert(2, BackendRow("short convolution", delta_nets, conv.kernel, conv.reason))
         if moe := self.spec.moe:
             resolved = self._experts_kernel(moe)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
@@ -300,10 +319,8 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             constant = fresh_constant(module, name)
-            if isinstance(module, StateSpace):
-                parameter.copy_(module.fresh_values(name))
-            elif constant is None:
-                parameter.normal_(0.0, self.config.initializer_range)
+            if constant is None:
+                draw_fresh(parameter, module, name, self.config.initializer_range)
             else:
                 parameter.fill_(constant)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -312,10 +329,24 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
 
 def fresh_constant(owner: nn.Module, name: str) -> float | None:
     """What a parameter of `owner` holds before training, None where its values are random; as transformers has it."""
-    if isinstance(owner, (RMSNorm, GatedGroupNorm)):
+    if isinstance(owner, (RMSNorm, GatedRMSNorm, GatedGroupNorm)):
+        return 0.0 if getattr(owner, "zero_centred", False) else 1.0
+    if isinstance(owner, Decay) and name == "dt_bias":
         return 1.0
     is_bias = name.endswith("bias")  # experts call theirs down_proj_bias; a router's is random
     return 0.0 if is_bias and not isinstance(owner, TopKRouter) else None
+
+
+def draw_fresh(
+    values: torch.Tensor, owner: nn.Module, name: str, std: float, generator: torch.Generator | None = None
+) -> None:
+    """Fill `values` as transformers does for a parameter of `owner`: normal, or what a layer with a memory needs."""
+    if isinstance(owner, StateSpace):
+        values.copy_(owner.fresh_values(name, generator))
+    elif isinstance(owner, Decay) and name == "A_log":
+        values.uniform_(*_DECAY_RATES, generator=generator).log_()
+    else:
+        values.normal_(0.0, std, generator=generator)
 
 
 def _default(value: bool | None, fallback: bool) -> bool:

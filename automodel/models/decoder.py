@@ -11,12 +11,13 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from automodel.backends import Backend, require_attention, resolve_layers
-from automodel.compat import PreTrainedConfig, attention_mask_for
+from automodel.compat import PreTrainedConfig, attention_mask_for, make_cache, padding_mask_for
 from automodel.models.attention import Attention
+from automodel.models.delta_net import Documents, GatedDeltaNet
 from automodel.models.latent_attention import LatentAttention
 from automodel.models.mlp import GatedMLP, MoeMLP
 from automodel.models.norms import RMSNorm
@@ -37,13 +38,17 @@ class DecoderOutput:
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each behind a norm and around a residual."""
+    """A token mixer (attention, or what its kind of layer has instead) and a feed-forward part, each behind a norm and
+    around a residual."""
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.kind = spec.attention_kinds[layer]
         self.backend = backend
-        self.self_attn = attention(spec, layer, backend)
+        if self.kind == "linear_attention":
+            self.linear_attn = GatedDeltaNet(spec, spec.delta_net, layer, backend)
+        else:
+            self.self_attn = attention(spec, layer, backend)
         sparse = spec.moe is not None and layer in spec.moe.layers
         self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec)
         self.input_layernorm = hidden_norm(spec, backend)
@@ -54,28 +59,36 @@ class DecoderLayer(GradientCheckpointingLayer):
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor,
         sin_BSd: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Documents | None,
         kernel: str,
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Hidden states [B, S, D], attention probabilities (eager only), router logits (expert layers only)."""
         training = self.training and torch.is_grad_enabled()
-        compiled = resolve_layers(self.backend, x_BSD.device, training=training).kernel == "compiled"
+        compiled = self.can_compile and (
+            resolve_layers(self.backend, x_BSD.device, training=training).kernel == "compiled"
+        )
         run = _compiled_layer() if compiled else DecoderLayer._run
         return run(self, x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether torch.compile gains anything here; scans are loops, or have kernels of their own."""
+        return self.kind != "linear_attention"
 
     def _run(
         self,
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor,
         sin_BSd: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Documents | None,
         kernel: str,
         past_key_values: Cache | None,
         cache_position: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        attended, probabilities = self.self_attn(
+        mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
+        attended, probabilities = mixer(
             self.input_layernorm(x_BSD), cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position
         )
         x_BSD = x_BSD + attended
@@ -152,6 +165,13 @@ class Decoder(nn.Module):
         if cache_position is None:
             cache_position = torch.arange(x_BSD.shape[1], device=x_BSD.device) + seen
         masks = self._masks(x_BSD, attention_mask, past_key_values, position_ids, cache_position)
+        if any(isinstance(mask, Documents) for mask in masks.values()):
+            if use_cache:
+                raise UsageError(
+                    "a cache of packed documents has no state that a layer with linear attention could go on from",
+                    hint="pass use_cache=False, or one document a row",
+                )
+            use_cache = False
         past_key_values = self._cache(past_key_values, use_cache)
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
@@ -169,7 +189,7 @@ class Decoder(nn.Module):
                 cache_position=cache_position,
             )
             hidden_states.append(x_BSD)
-            if probabilities is not None:
+            if layer.kind in {"full_attention", "sliding_attention"}:
                 attentions.append(probabilities)
             if logits_NE is not None:
                 router_logits.append(logits_NE)
@@ -191,7 +211,7 @@ class Decoder(nn.Module):
             return None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        return DynamicCache(config=self.config) if use_cache and cache is None else cache
+        return make_cache(self.config) if use_cache and cache is None else cache
 
     def _masks(
         self,
@@ -200,11 +220,12 @@ class Decoder(nn.Module):
         cache: Cache | None,
         position_ids: torch.Tensor | None,
         cache_position: torch.Tensor,
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor | Documents | None]:
         if isinstance(attention_mask, dict):
             return attention_mask
+        kinds = dict.fromkeys(layer.kind for layer in self._own_layers())
         packed = is_packed(position_ids, attention_mask, cache)
-        return {
+        masks: dict[str, torch.Tensor | Documents | None] = {
             kind: attention_mask_for(
                 self.config,
                 x_BSD,
@@ -214,8 +235,15 @@ class Decoder(nn.Module):
                 cache_position=cache_position,
                 sliding=kind == "sliding_attention",
             )
-            for kind in dict.fromkeys(layer.kind for layer in self._own_layers())
+            for kind in kinds
+            if kind != "linear_attention"
         }
+        if "linear_attention" in kinds:
+            rows, length = x_BSD.shape[:2]
+            masks["linear_attention"] = (
+                Documents.of(position_ids.expand(rows, -1)) if packed else padding_mask_for(attention_mask, length)
+            )
+        return masks
 
 
 def attention(spec: DecoderSpec, layer: int, backend: Backend) -> Attention | LatentAttention:
@@ -227,7 +255,13 @@ def attention(spec: DecoderSpec, layer: int, backend: Backend) -> Attention | La
 
 def hidden_norm(spec: DecoderSpec, backend: Backend) -> RMSNorm:
     """A norm of hidden states, as the family rounds it."""
-    return RMSNorm(spec.hidden_size, spec.norm_eps, backend, rounds_last=spec.norm_rounds_last)
+    return RMSNorm(
+        spec.hidden_size,
+        spec.norm_eps,
+        backend,
+        rounds_last=spec.norm_rounds_last,
+        zero_centred=spec.zero_centred_norms,
+    )
 
 
 def is_packed(position_ids_BS: torch.Tensor | None, attention_mask: object, cache: Cache | None) -> bool:

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.models.causal_lm import NativeCausalLM, fresh_constant
-from automodel.models.mamba import StateSpace
+from automodel.models.causal_lm import NativeCausalLM, draw_fresh, fresh_constant
 from automodel.parallel.local import LocalBox, local_boxes
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -21,9 +20,9 @@ _BLOCK_ELEMENTS = 1 << 16
 
 @torch.no_grad()
 def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
-    """Fill every parameter as transformers does: norms with 1, biases and padding with 0, the rest normal.
+    """Fill every parameter as transformers does: norms so that they change nothing, biases and padding with 0.
 
-    What drives a state space has values of its own (`StateSpace.fresh_values`).
+    The rest is drawn; what drives a state space or a decay has values of its own.
 
     Args:
         model: allocated, sharded or not; all processes of the mesh call this together.
@@ -34,35 +33,29 @@ def initialize(model: NativeCausalLM, seed: int | None = None) -> None:
         prefix, _, name = box.name.rpartition(".")
         owner = model.get_submodule(prefix)
         constant = fresh_constant(owner, name)
-        if isinstance(owner, StateSpace):
-            _fill_state_space(box, owner, name, seed)
-        elif constant is not None:
+        if constant is not None:
             box.tensor.fill_(constant)
         else:
             shape = model.get_parameter(box.name).shape
-            _fill_normal(box, tuple(shape), model.config.initializer_range, seed)
+            _fill_random(box, tuple(shape), owner, model.config.initializer_range, seed)
             if isinstance(owner, nn.Embedding) and owner.padding_idx is not None:
                 row = owner.padding_idx - box.offsets[0]
                 if 0 <= row < box.tensor.shape[0]:
                     box.tensor[row] = 0.0
 
 
-def _fill_normal(box: LocalBox, shape: tuple[int, ...], std: float, seed: int) -> None:
+def _fill_random(box: LocalBox, shape: tuple[int, ...], owner: nn.Module, std: float, seed: int) -> None:
     rest = shape[1:]
     rows = max(1, _BLOCK_ELEMENTS // max(1, torch.Size(rest).numel()))
     inside = tuple(slice(o, o + n) for o, n in zip(box.offsets[1:], box.tensor.shape[1:], strict=True))
     first, last = box.offsets[0], box.offsets[0] + box.tensor.shape[0]
     for start in range(first // rows * rows, last, rows):
         generator = torch.Generator().manual_seed(_stream(seed, box.name, start))
-        block = torch.empty(min(rows, shape[0] - start), *rest).normal_(0.0, std, generator=generator)
+        block = torch.empty(min(rows, shape[0] - start), *rest)
+        draw_fresh(block, owner, box.name.rpartition(".")[2], std, generator)
         low, high = max(first, start), min(last, start + len(block))
         part = block[(slice(low - start, high - start), *inside)]
         box.tensor[low - first : high - first].copy_(part)
-
-
-def _fill_state_space(box: LocalBox, owner: StateSpace, name: str, seed: int) -> None:
-    values = owner.fresh_values(name, torch.Generator().manual_seed(_stream(seed, box.name, 0)))
-    box.tensor.copy_(values[box.offsets[0] : box.offsets[0] + len(box.tensor)])
 
 
 def _stream(seed: int, name: str, start: int) -> int:

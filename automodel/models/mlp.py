@@ -60,6 +60,7 @@ class MoeMLP(nn.Module):
         self.experts = Experts(moe.num_experts, latent or hidden, moe.width, activation, backend, bias=moe.bias)
         shared = PlainMLP if isinstance(activation, Ungated) else GatedMLP
         self.shared_experts = shared(spec, moe.shared_width) if moe.shared_width else None
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if moe.shared_gate else None
         self.fc1_latent_proj = nn.Linear(hidden, latent, bias=spec.mlp_bias) if latent else None
         self.fc2_latent_proj = nn.Linear(latent, hidden, bias=spec.mlp_bias) if latent else None
 
@@ -75,7 +76,10 @@ class MoeMLP(nn.Module):
             output_ND = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x_ND), index_NK, weight_NK))
         output_BSD = output_ND.view_as(x_BSD)
         if self.shared_experts is not None:
-            output_BSD = output_BSD + self.shared_experts(x_BSD)[0]
+            shared_BSD = self.shared_experts(x_BSD)[0]
+            if self.shared_expert_gate is not None:
+                shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
+            output_BSD = output_BSD + shared_BSD
         return output_BSD, logits_NE
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm with FP32 statistics."""
+"""RMSNorm with FP32 statistics, plain and with a gate."""
 
 from __future__ import annotations
 
@@ -21,17 +21,29 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         backend: which kernel runs.
         rounds_last: multiply by the weight before rounding.
+        zero_centred: the parameter is the weight less 1 (Qwen3-Next), which half precision resolves better near 1;
+            the factor is formed and applied in FP32, by either kernel.
     """
 
-    def __init__(self, size: int, eps: float, backend: Backend, *, rounds_last: bool = False) -> None:
+    def __init__(
+        self, size: int, eps: float, backend: Backend, *, rounds_last: bool = False, zero_centred: bool = False
+    ) -> None:
         super().__init__()
         self.rounds_last = rounds_last
+        self.zero_centred = zero_centred
         self.eps = eps
         self.backend = backend
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if resolve_norm(self.backend, x.device, x.dtype).kernel == "fused":
+        fused = resolve_norm(self.backend, x.device, x.dtype).kernel == "fused"
+        if self.zero_centred:
+            weight = 1.0 + self.weight.float()
+            wide = x.float()
+            if fused:
+                return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+            return (weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+        if fused:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -39,3 +51,22 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GatedRMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) * silu(gate) over the last dimension, rounded as transformers does.
+
+    Args:
+        size: length of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide.to(x.dtype) * F.silu(gate.float())).to(x.dtype)

@@ -68,6 +68,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` rotated by tables that broadcast against it; pairs are (i, i + d/2), as in transformers."""
+    """`x` rotated by tables that broadcast against it; pairs are (i, i + d/2), as in transformers.
+
+    Tables of d dimensions rotate the first d of `x` (`partial_rotary_factor`); the others stay as they are.
+    """
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    rotated = x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated

@@ -44,6 +44,23 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaNetSpec:
+    """Shape of gated DeltaNet, the mixer of `linear_attention` layers.
+
+    Attributes:
+        key_heads, value_heads: G and H; the queries and keys of one key head serve H / G value heads.
+        key_dim, value_dim: sizes of a key and of a value.
+        conv_kernel: taps of the causal convolution.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+
+
+@dataclass(frozen=True, slots=True)
 class GroupSpec:
     """Group-limited routing by sigmoid scores: number of groups, groups that a token's experts come from, the factor on
     the routing weights, and whether the router's projection stays in FP32."""
@@ -72,6 +89,7 @@ class MoeSpec:
         groups: None for routing by softmax.
         shared_width: width of the experts that every token goes through, together; 0 where there are none.
         latent_size: width of the space that routed experts work in, between two projections; 0 is the hidden size.
+        shared_gate: the output of those is multiplied by the sigmoid of one logit a token.
     """
 
     num_experts: int
@@ -88,6 +106,7 @@ class MoeSpec:
     groups: GroupSpec | None = None
     shared_width: int = 0
     latent_size: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +156,10 @@ class DecoderSpec:
         qk_norm: RMSNorm over each query and key head before the rotary embedding.
         sinks: each query head has a learned logit that takes a share of the attention and gives nothing for it.
         norm_rounds_last: norms multiply by their weight in FP32 before they round to the dtype of the activations.
+        zero_centred_norms: norms hold their weight less 1.
+        gated_attention: the output of each head is multiplied by the sigmoid of a gate that is projected with it.
         attention_kinds: full or sliding attention, or another mixer, one entry a layer.
+        delta_net: of the layers with linear attention, where they are gated DeltaNet.
         rope: queries and keys are rotated by their position.
         predict_kinds: mixers of the layers that predict one further token.
         latent: None for attention with keys and values of its own.
@@ -160,6 +182,9 @@ class DecoderSpec:
     qk_norm: bool = False
     sinks: bool = False
     norm_rounds_last: bool = False
+    zero_centred_norms: bool = False
+    gated_attention: bool = False
+    delta_net: DeltaNetSpec | None = None
     latent: LatentSpec | None = None
     moe: MoeSpec | None = None
     mamba: MambaSpec | None = None
@@ -177,13 +202,17 @@ def decoder_spec(
     qk_norm: bool = False,
     sinks: bool = False,
     norm_rounds_last: bool = False,
+    zero_centred_norms: bool = False,
+    gated_attention: bool = False,
+    delta_net: DeltaNetSpec | None = None,
     latent: LatentSpec | None = None,
     moe: MoeSpec | None = None,
 ) -> DecoderSpec:
     """A `DecoderSpec` whose common part comes from the config fields that all families share."""
     return DecoderSpec(
         hidden_size=config.hidden_size,
-        mlp_width=config.intermediate_size,
+        # Families whose layers all have experts have no such field.
+        mlp_width=getattr(config, "intermediate_size", None) or 0,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -197,6 +226,9 @@ def decoder_spec(
         qk_norm=qk_norm,
         sinks=sinks,
         norm_rounds_last=norm_rounds_last,
+        zero_centred_norms=zero_centred_norms,
+        gated_attention=gated_attention,
+        delta_net=delta_net,
         latent=latent,
         moe=moe,
     )

@@ -11,7 +11,19 @@ from ckpt_tools.core.names import nearest
 from ckpt_tools.families.family import Family
 from ckpt_tools.layouts.layout import Layout
 
-FAMILIES = ("deepseek_v3", "gpt_oss", "llama", "mixtral", "nemotron_h", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (
+    "deepseek_v3",
+    "gpt_oss",
+    "llama",
+    "mixtral",
+    "nemotron_h",
+    "qwen2",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_moe",
+    "qwen3_next",
+)
 """Names of the families with a native form, each a module of this package."""
 
 

@@ -110,7 +110,8 @@ class Family:
         dropped: templates of names that are on disk in some repositories and hold no weights.
         forms: other forms of the Hugging Face side.
         optional_layers: kinds of layers that many repositories leave out whatever their config says, with the
-            template of the names in such a layer. They are there if any name of theirs is, and then wholly.
+            template of the names in such a layer. They are there if any name of theirs is, and then wholly. A flag
+            of the same name says so to rules outside of layers.
     """
 
     name: str
@@ -193,7 +194,9 @@ class Family:
             for word, template in self.optional_layers.items()
             if word in kind.split("+")
         )
-        return shape if any(name.startswith(prefixes) for name in names) else replace(shape, layers=there)
+        if not prefixes or any(name.startswith(prefixes) for name in names):
+            return shape
+        return replace(shape, layers=there, flags=shape.flags - self.optional_layers.keys())
 
     def _form(self, name: str) -> Form | None:
         if not name:

@@ -15,7 +15,9 @@ from ckpt_tools.core.dtypes import BY_TORCH_NAME, DType
 from ckpt_tools.core.errors import UsageError
 
 _EXPERT_ALIASES: Final = ("num_experts", "num_local_experts")
-_EXPERT_ALIAS_FAMILIES: Final = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_next"})
+_EXPERT_ALIAS_FAMILIES: Final = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"})
+_INTERVAL_FAMILIES: Final = frozenset({"qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"})
+"""Families with full attention in every so many layers: `full_attention_interval` (SGLang), or a list of all layers."""
 _ARCHITECTURES: Final = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -24,6 +26,8 @@ _ARCHITECTURES: Final = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
@@ -33,7 +37,7 @@ _REQUIRED: Final = {"deepseek_v3": _DEEPSEEK_V3, "kimi_k2": _DEEPSEEK_V3}
 _NEMOTRON_LETTERS: Final = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 _NEMOTRON_SPELLINGS: Final = {"linear_attention": "mamba", "full_attention": "attention"}
 _NESTED: Final = ("text_config", "llm_config")
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_LOCAL, _GLOBAL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 
 def portable_config(config: dict[str, object], *, dtype: DType | None = None) -> dict[str, object]:
@@ -75,6 +79,8 @@ def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> Non
         _mirror(config, *_EXPERT_ALIASES)
     if model_type == "nemotron_h":
         _complete_nemotron(config)
+    if model_type in _INTERVAL_FAMILIES:
+        _complete_layer_types(config)
     if isinstance(model_type, str):
         for name, value in _REQUIRED.get(model_type, {}).items():
             config.setdefault(name, value)
@@ -110,6 +116,23 @@ def _mirror(config: dict[str, object], first: str, second: str) -> None:
         config.setdefault(second, config[first])
     elif config.get(second) is not None:
         config[first] = config[second]
+
+
+def _complete_layer_types(config: dict[str, object]) -> None:
+    """`layer_types` from `full_attention_interval`, and back where the layers have one; without either it is 4."""
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if isinstance(types, list):
+        interval = types.index(_GLOBAL) + 1 if _GLOBAL in types else len(types) + 1
+        if types == _alternating(len(types), interval):
+            config.setdefault("full_attention_interval", interval)
+    elif isinstance(layers, int):
+        given = config.setdefault("full_attention_interval", 4)
+        if isinstance(given, int) and given > 0:
+            config["layer_types"] = _alternating(layers, given)
+
+
+def _alternating(layers: int, interval: int) -> list[str]:
+    return [_LINEAR if (index + 1) % interval else _GLOBAL for index in range(layers)]
 
 
 def _complete_dtype(config: dict[str, object], dtype: str | None, *, top: bool) -> None:

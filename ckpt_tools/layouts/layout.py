@@ -190,13 +190,14 @@ def _holds(condition: str | None, flags: frozenset[str]) -> bool:
 
 def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
     axes = {"layer": len(shape.layers), "expert": shape.experts}
-    if not {"layer", "predict"} & set(fields(rule.native)):
+    if not {"layer", "predict", "nth"} & set(fields(rule.native)):
         yield Scope(shape.sizes, axes, {})
         return
     own_layers = sum("predict" not in kind.split("+") for kind in shape.layers)
     for index, kind in enumerate(shape.layers):
         if rule.layers is None or rule.layers in kind.split("+"):
-            yield Scope(shape.sizes, axes, {"layer": index, "predict": index - own_layers})
+            nth = shape.layers[:index].count(kind)
+            yield Scope(shape.sizes, axes, {"layer": index, "predict": index - own_layers, "nth": nth})
 
 
 def _leaf_tensors(node: Leaf, scope: Scope, encoding_of: EncodingOf | None) -> Iterator[LeafTensor]:

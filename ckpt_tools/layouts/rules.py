@@ -203,15 +203,32 @@ class Split(_Unary):
 
 
 @dataclass(frozen=True)
+class Slice(_Unary):
+    """`size` indices of dimension 0 from `start` on, where its parts are not equal."""
+
+    start: str | int
+    size: str | int
+
+    def view(self, scope: Scope) -> View:
+        return algebra.narrow(self.of.view(scope), 0, scope.size(self.start), scope.size(self.size))
+
+    def describe(self) -> str:
+        return f"{self.size} rows from {self.start} on of {self.of.describe()}"
+
+
+@dataclass(frozen=True)
 class Grouped(Node):
     """Fused QKV: for each KV head, its query heads, then its key head, then its value head.
 
-    `[kv_heads * (queries_per_kv_head + 2) * head_dim, ...]`, so that `Shard(0)` keeps whole groups together.
+    `[kv_heads * (queries_per_kv_head + 2) * head_dim, ...]`, so that `Shard(0)` keeps whole groups together. Where
+    attention has an output gate, `query` holds for each head its query and then its gate; the native tensor has the
+    gates of a group's heads between their queries and their key: `queries_per_kv_head` more rows of `head_dim`.
     """
 
     query: Leaf
     key: Leaf
     value: Leaf
+    gated: bool = False
 
     def view(self, scope: Scope) -> View:
         kv_heads, head_dim = scope.size("kv_heads"), scope.size("head_dim")
@@ -221,7 +238,11 @@ class Grouped(Node):
             return algebra.unflatten(by_head, 0, (kv_heads, heads))
 
         queries = scope.size("query_heads") // kv_heads
-        grouped = algebra.concat([groups(self.query, queries), groups(self.key, 1), groups(self.value, 1)], 1)
+        query = groups(self.query, queries * (2 if self.gated else 1))
+        if self.gated:
+            pairs = algebra.unflatten(query, 1, (queries, 2))
+            query = algebra.flatten(algebra.permute(pairs, [0, 2, 1, *range(3, len(pairs.shape))]), 1)
+        grouped = algebra.concat([query, groups(self.key, 1), groups(self.value, 1)], 1)
         return algebra.flatten(algebra.flatten(grouped, 0), 0)
 
     def leaves(self) -> Iterator[Leaf]:
@@ -229,7 +250,8 @@ class Grouped(Node):
 
     def describe(self) -> str:
         parts = ", ".join(node.describe() for node in (self.query, self.key, self.value))
-        return f"for each KV head, its query, key and value heads along dim 0: ({parts})"
+        heads = "query heads, their gates, key and value heads" if self.gated else "query, key and value heads"
+        return f"for each KV head, its {heads} along dim 0: ({parts})"
 
 
 @dataclass(frozen=True)
@@ -263,7 +285,8 @@ class Rule:
         value: what it is made of.
         when: flags of the family's `Shape` that must be set, joined by `&`; a leading `!` negates one.
         layers: kind of layer that has it, or None for every layer; ignored for names without `{layer}`, the index
-            among all layers, and `{predict}`, that among the layers that predict further tokens.
+            among all layers, `{predict}`, that among the layers that predict further tokens, and `{nth}`, that among
+            the layers of the same kind.
         stacked: it is stacked over experts along dimension 0 although no leaf name has an `{expert}`.
     """
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from automodel.compat import TRANSFORMERS_5
 from automodel.models import NATIVE_MODELS, NativeCausalLM
 
 SIZES = {
@@ -83,6 +84,22 @@ NEMOTRON_H = {
     "moe_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 40,
 }
+DELTA_NET = {
+    **SIZES,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+SHARED_EXPERT = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 YARN_ROPE = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -95,10 +112,12 @@ YARN_ROPE = {
 
 def rope(theta: float, scaling: Mapping[str, object] | None = None) -> dict[str, object]:
     """Config arguments for a rope base and scaling in the installed transformers' spelling."""
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if TRANSFORMERS_5:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **(scaling or {})}}
     return {"rope_theta": theta, "rope_scaling": dict(scaling) if scaling else None}
 
+
+PARTIAL_ROPE = {**rope(1e5, {"partial_rotary_factor": 0.5} if TRANSFORMERS_5 else None), "partial_rotary_factor": 0.5}
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**QWEN3_MOE),
@@ -126,6 +145,18 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         tie_word_embeddings=True,
         **rope(1e4, {**YARN_ROPE, "truncate": True, "mscale": 1.0, "mscale_all_dim": 0.7}),
     ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**DELTA_NET, **SHARED_EXPERT),
+    "qwen3_next one value head a key head, biases, dense layer, no renormalisation": lambda: (
+        transformers.Qwen3NextConfig(
+            **{**DELTA_NET, "linear_num_key_heads": 4, "layer_types": ["full_attention", *["linear_attention"] * 2]},
+            **SHARED_EXPERT,
+            attention_bias=True,
+            mlp_only_layers=[1],
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+            **PARTIAL_ROPE,
+        )
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3 sliding layers": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, **SLIDING),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **rope(1e6)),
@@ -135,6 +166,13 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **rope(5e5, LLAMA3_ROPE)
     ),
 }
+if hasattr(transformers, "Qwen3_5TextConfig"):
+    CONFIGS |= {
+        "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(
+            **{k: v for k, v in DELTA_NET.items() if k != "intermediate_size"}, **SHARED_EXPERT
+        ),
+        "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**DELTA_NET, tie_word_embeddings=True),
+    }
 if hasattr(transformers, "NemotronHConfig"):
     CONFIGS |= {
         "nemotron_h": lambda: transformers.NemotronHConfig(**NEMOTRON_H),
@@ -174,6 +212,7 @@ def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> di
     if "mlp.shared_experts.gate_proj.weight" in part:
         halves = [part.pop(f"mlp.shared_experts.{name}_proj.weight") for name in ("gate", "up")]
         out["mlp.shared_experts.gate_up_proj.weight"] = torch.cat(halves)
+    out |= _delta_net(part, config)
     for name in ("A_log", "D", "dt_bias"):
         if f"mixer.{name}" in part:
             out[f"mixer.ssm.{name}"] = part.pop(f"mixer.{name}")
@@ -182,6 +221,9 @@ def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> di
         for kind in ("weight", "bias"):
             if f"{attention}.k_proj.{kind}" in part:
                 heads = [part.pop(f"{attention}.{name}_proj.{kind}") for name in "qkv"]
+                if "linear_num_key_heads" in config.to_dict():
+                    query_and_gate = heads[0].unflatten(0, (groups, -1, 2, config.head_dim))
+                    heads[0] = query_and_gate.transpose(1, 2).flatten(0, 3)
                 grouped = torch.cat([h.unflatten(0, (groups, -1)) for h in heads], 1)
                 out[f"{attention}.qkv_proj.{kind}"] = grouped.flatten(0, 1)
     for kind in ("weight", "bias"):
@@ -196,6 +238,28 @@ def _native_layer(part: dict[str, torch.Tensor], config: PretrainedConfig) -> di
             )
             out |= {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
     return out | part
+
+
+def _delta_net(part: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Takes out of `part` what Qwen3-Next and Qwen3.5 call or order otherwise."""
+    out = {}
+    if "mlp.shared_expert.gate_proj.weight" in part:
+        gate, up, down = (part.pop(f"mlp.shared_expert.{name}_proj.weight") for name in ("gate", "up", "down"))
+        out = {
+            "mlp.shared_experts.gate_up_proj.weight": torch.cat([gate, up]),
+            "mlp.shared_experts.down_proj.weight": down,
+        }
+    for name in ("A_log", "dt_bias"):
+        if f"linear_attn.{name}" in part:
+            out[f"linear_attn.decay.{name}"] = part.pop(f"linear_attn.{name}")
+    if "linear_attn.in_proj_qkv.weight" in part:
+        qkv, z, b, a = (part.pop(f"linear_attn.in_proj_{name}.weight") for name in ("qkv", "z", "b", "a"))
+        groups = config.linear_num_key_heads
+        keys = groups * config.linear_key_head_dim
+        for name, parts in (("qkvz", (*qkv.split((keys, keys, len(z))), z)), ("ba", (b, a))):
+            grouped = torch.cat([x.unflatten(0, (groups, -1)) for x in parts], 1)
+            out[f"linear_attn.in_proj_{name}.weight"] = grouped.flatten(0, 1)
+    return out
 
 
 def _gpt_oss_mlp(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

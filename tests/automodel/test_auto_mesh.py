@@ -38,7 +38,9 @@ def _load_and_save(source: Path, mesh: MeshConfig, saved: Path) -> tuple[torch.T
     return logits, all_sharded
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe sparse step, no renormalisation, biases", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "qwen3_moe sparse step, no renormalisation, biases", "mixtral", "qwen3_next"]
+)
 @pytest.mark.parametrize("mesh", [*MESHES, *LARGE_MESHES])
 def test_a_mesh_loads_computes_and_saves_the_same_model(name: str, mesh: str, tmp_path: Path) -> None:
     theirs, _ = pair(name)
@@ -112,19 +114,21 @@ def test_each_process_of_a_mesh_dequantises_its_own_part_and_the_export_is_plain
     assert "quantization_config" not in config_of(tmp_path / "saved")
 
 
-def _fresh(mesh: MeshConfig) -> dict[str, torch.Tensor]:
+def _fresh(name: str, mesh: MeshConfig) -> dict[str, torch.Tensor]:
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-    model = NeMoAutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"](), device_mesh=mesh)
+    model = NeMoAutoModelForCausalLM.from_config(CONFIGS[name](), device_mesh=mesh)
     return {
         name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
         for name, parameter in model.named_parameters()
     }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_fresh_weights_do_not_depend_on_the_mesh(mesh: str) -> None:
-    expected = _fresh(MeshConfig(dp_shard=1))
-    for weights in run_ranks(2, _fresh, MESHES[mesh]):
+@pytest.mark.parametrize(
+    ("name", "mesh"), [*(("qwen3_moe", mesh) for mesh in MESHES), ("qwen3_next", "experts divided")]
+)
+def test_fresh_weights_do_not_depend_on_the_mesh(name: str, mesh: str) -> None:
+    expected = _fresh(name, MeshConfig(dp_shard=1))
+    for weights in run_ranks(2, _fresh, name, MESHES[mesh]):
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 

@@ -29,7 +29,10 @@ CPU = torch.device("cpu")
         ("auto", Backend()),
         (
             "torch",
-            Backend(experts="torch", norm="torch", mamba="torch", sdpa="torch", layers="eager", loss="torch"),
+            Backend(
+                **dict.fromkeys(("experts", "norm", "mamba", "linear_attention", "sdpa", "loss"), "torch"),
+                layers="eager",
+            ),
         ),
         ("grouped_mm", Backend(experts="grouped_mm")),
         ({"norm": "fused"}, Backend(norm="fused")),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
 from automodel.models.deepseek_v3 import NeMoDeepseekV3ForCausalLM
 from automodel.models.gpt_oss import NeMoGptOssForCausalLM
 from automodel.models.llama import NeMoLlamaForCausalLM
 from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
+from automodel.models.qwen3_next import NeMoQwen3NextForCausalLM
 
 VOCABULARY = 64
 
@@ -132,6 +133,33 @@ def nemotron_h_model(*, seed: int = 0, predict_layers: int = 2) -> nn.Module:
     # Not BF16 numbers: rounded values would show.
     model.model.layers[1].mixer.gate.e_score_correction_bias.copy_(torch.rand(6) * 0.3 + 2**-12)
     return model
+
+
+def qwen3_next_model(*, seed: int = 0, predict_layers: int = 1) -> nn.Module:
+    """A tiny native Qwen3-Next in FP32: a layer of each mixer, and a block for multi-token prediction."""
+    torch.manual_seed(seed)
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=8,
+        linear_value_head_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=12,
+        max_position_embeddings=64,
+        use_cache=False,
+        initializer_range=0.1,
+    )
+    return NeMoQwen3NextForCausalLM(config, predict_layers=predict_layers)
 
 
 def dense_model(*, seed: int = 0, **changes: object) -> nn.Module:

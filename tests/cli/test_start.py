@@ -84,7 +84,8 @@ def test_the_module_is_the_command(shell: Run, ckpt: Run) -> None:
     ("words", "completions"),
     [
         ("ckpt con", {"convert", "consolidate"}),
-        ("ckpt convert --family qwen3", {"qwen3", "qwen3_moe"}),
+        ("ckpt convert --family qwen3_m", {"qwen3_moe"}),
+        ("ckpt families qwen3", {"qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"}),
         ("ckpt convert --dtype b", {"bfloat16"}),
         ("ckpt convert --format s", {"safetensors"}),
         ("ckpt convert --mesh dp_shard=2,", {"dp_shard=2,ep="}),

@@ -62,10 +62,12 @@ def test_every_checkpoint_comes_back_bit_for_bit_through_any_two_meshes(
 ) -> None:
     root = tmp_path_factory.mktemp("case")
     config = {
-        "num_experts" if family == "qwen3_moe" else "num_local_experts": experts,
+        "num_experts" if family.startswith("qwen3") else "num_local_experts": experts,
         "n_routed_experts": experts,
         "num_attention_heads": groups * queries,
         "num_key_value_heads": groups,
+        "linear_num_key_heads": groups,
+        "linear_num_value_heads": groups * queries,
         "mlp_only_layers": sorted(dense),
         "tie_word_embeddings": tied,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -154,6 +155,152 @@ def test_layers_for_multi_token_prediction_are_there_if_any_name_of_theirs_is(si
     assert layout.layers == ("dense", "moe", "moe")
     assert set(none) == layout.shapes(side).keys()
     assert not any("layers.3." in name or "layers.4." in name for name in (*layout.native, *layout.leaves))
+
+
+LAYERS, EXPERTS = 8, 16
+"""Of 48 and 512: what is published repeats."""
+QWEN3_NEXT_80B_A3B = {
+    "model_type": "qwen3_next",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_hidden_layers": LAYERS,
+    "full_attention_interval": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "num_experts": EXPERTS,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+# The files of Qwen3-Next-80B-A3B-Instruct-FP8, one line for the tensors of a kind; `*` has a `weight_scale_inv`, F32.
+QWEN3_NEXT_FP8 = {
+    "lm_head.weight": (151936, 2048),
+    "model.embed_tokens.weight": (151936, 2048),
+    "model.norm.weight": (2048,),
+    "mtp.fc.weight": (2048, 4096),
+    "mtp.norm.weight": (2048,),
+    "mtp.pre_fc_norm_embedding.weight": (2048,),
+    "mtp.pre_fc_norm_hidden.weight": (2048,),
+}
+QWEN3_NEXT_FP8_LAYER = {
+    "input_layernorm.weight": (2048,),
+    "mlp.experts.{expert}.down_proj.weight*": (2048, 512),
+    "mlp.experts.{expert}.gate_proj.weight*": (512, 2048),
+    "mlp.experts.{expert}.up_proj.weight*": (512, 2048),
+    "mlp.gate.weight": (EXPERTS, 2048),
+    "mlp.shared_expert.down_proj.weight*": (2048, 512),
+    "mlp.shared_expert.gate_proj.weight*": (512, 2048),
+    "mlp.shared_expert.up_proj.weight*": (512, 2048),
+    "mlp.shared_expert_gate.weight": (1, 2048),
+    "post_attention_layernorm.weight": (2048,),
+}
+QWEN3_NEXT_FP8_LINEAR = {
+    "linear_attn.A_log": (32,),
+    "linear_attn.conv1d.weight": (8192, 1, 4),
+    "linear_attn.dt_bias": (32,),
+    "linear_attn.in_proj_ba.weight": (64, 2048),
+    "linear_attn.in_proj_qkvz.weight*": (12288, 2048),
+    "linear_attn.norm.weight": (128,),
+    "linear_attn.out_proj.weight*": (2048, 4096),
+}
+QWEN3_NEXT_FP8_FULL = {
+    "self_attn.k_norm.weight": (256,),
+    "self_attn.k_proj.weight*": (512, 2048),
+    "self_attn.o_proj.weight*": (2048, 4096),
+    "self_attn.q_norm.weight": (256,),
+    "self_attn.q_proj.weight*": (8192, 2048),
+    "self_attn.v_proj.weight*": (512, 2048),
+}
+
+
+def qwen3_next_fp8() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published repository, with fewer layers and experts."""
+    listed = dict(QWEN3_NEXT_FP8)
+    blocks = [(f"model.layers.{i}.", i % 4 == 3) for i in range(LAYERS)] + [("mtp.layers.0.", True)]
+    for prefix, full in blocks:
+        for name, shape in {**QWEN3_NEXT_FP8_LAYER, **(QWEN3_NEXT_FP8_FULL if full else QWEN3_NEXT_FP8_LINEAR)}.items():
+            for expert in range(EXPERTS) if "{expert}" in name else (None,):
+                listed[prefix + name.format(expert=expert)] = shape
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in listed.items():
+        found[name.removesuffix("*")] = shape
+        if name.endswith("*"):
+            found[name.removesuffix("*") + "_scale_inv"] = tuple(-(-n // 128) for n in shape)
+    return found
+
+
+def test_qwen3_next_has_exactly_the_published_names_and_shapes_plain_and_in_fp8() -> None:
+    published = qwen3_next_fp8()
+    family = get_family("qwen3_next")
+    assert family.layout(QWEN3_NEXT_80B_A3B, form="fp8").shapes("hf") == published
+    read = family.layout(QWEN3_NEXT_80B_A3B, names=published)
+    assert (read.form, read.shapes("hf")) == ("fp8", published)
+    plain = {name: shape for name, shape in published.items() if not name.endswith("_scale_inv")}
+    assert family.layout(QWEN3_NEXT_80B_A3B, names=plain).shapes("hf") == plain
+    assert len(family.layout(QWEN3_NEXT_80B_A3B, names=plain).native) == 3 + 6 * 15 + 2 * 12 + 4 + 12
+
+
+def test_qwen3_next_in_fp8_names_the_modules_that_are_plain_as_the_published_config_does() -> None:
+    family = get_family("qwen3_next")
+    layout = family.layout(QWEN3_NEXT_80B_A3B, form="fp8")
+    described = family.quantization_config(QWEN3_NEXT_80B_A3B, layout)
+    assert described is not None
+    plain = set(described["modules_to_not_convert"])
+    linear = ("conv1d", "in_proj_ba", "norm")
+    mlp = ("input_layernorm", "mlp.gate", "mlp.shared_expert_gate", "post_attention_layernorm")
+    norms = ("self_attn.k_norm", "self_attn.q_norm")
+    published = {"lm_head", "mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"}
+    published |= {f"model.layers.{i}.linear_attn.{name}" for i in range(LAYERS) if i % 4 != 3 for name in linear}
+    published |= {f"model.layers.{i}.{name}" for i in range(LAYERS) for name in mlp}
+    published |= {f"model.layers.{i}.{name}" for i in range(3, LAYERS, 4) for name in norms}
+    published |= {f"mtp.layers.0.{name}" for name in (*mlp, *norms)}
+    # Ours also has the embedding and the last norm, which no reader would quantise.
+    assert plain == published | {"model.embed_tokens", "model.norm"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe", "qwen3_5"])
+@pytest.mark.parametrize("form", ["", "fp8"])
+def test_the_block_for_multi_token_prediction_is_there_if_any_name_of_it_is(family: str, form: str) -> None:
+    config = CONFIGS[family]
+    whole = get_family(family).layout(config, form=form)
+    for side in ("hf", "native"):
+        names = whole.shapes(side)
+        assert any(name.startswith("mtp.layers.0.") for name in names)
+        without = [name for name in names if not name.startswith("mtp.")]
+        assert get_family(family).layout(config, form=form, names=names).shapes(side) == names
+        assert get_family(family).layout(config, form=form, names=[*without, "mtp.fc.weight"]).shapes(side) == names
+        assert get_family(family).layout(config, form=form, names=without).shapes(side).keys() == set(without)
+
+
+def test_gated_attention_keeps_whole_groups_of_kv_heads_together() -> None:
+    config = {**CONFIGS["qwen3_next"], "hidden_size": 1, "head_dim": 2}
+    layout = layout_for(config)
+    assert layout is not None
+    rows = {}
+    for piece in layout.native["model.layers.1.self_attn.qkv_proj.weight"].view.pieces:
+        for steps in itertools.product(*(range(loop.size) for loop in piece.loops)):
+            at, leaf = list(piece.starts), piece.leaf_start
+            for loop, step in zip(piece.loops, steps, strict=True):
+                at[loop.dim] += step * loop.step
+                leaf += step * loop.leaf_stride
+            rows[at[0]] = (piece.leaf.split(".")[-2][0], leaf)
+    # Four query heads of [query, gate], two KV heads, head_dim 2.
+    groups = [
+        [("q", 0), ("q", 1), ("q", 4), ("q", 5), ("q", 2), ("q", 3), ("q", 6), ("q", 7)],
+        [("k", 0), ("k", 1), ("v", 0), ("v", 1)],
+        [("q", 8), ("q", 9), ("q", 12), ("q", 13), ("q", 10), ("q", 11), ("q", 14), ("q", 15)],
+        [("k", 2), ("k", 3), ("v", 2), ("v", 3)],
+    ]
+    assert [rows[i] for i in range(24)] == [row for group in groups for row in group]
 
 
 def test_qwen3_30b_a3b_has_exactly_the_published_names_and_shapes() -> None:

@@ -174,3 +174,16 @@ def test_the_installed_transformers_reads_what_it_wrote(tmp_path: Path, name: st
     if experts:
         assert experts in (getattr(loaded, "num_experts", None), getattr(loaded, "num_local_experts", None))
     assert str(loaded.dtype).endswith("bfloat16")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"])
+def test_layers_with_linear_attention_are_named_one_by_one_and_by_their_interval(model_type: str) -> None:
+    types = [*["linear_attention"] * 2, "full_attention"] * 2
+    given = {"model_type": model_type, "num_hidden_layers": 6}
+    by_interval, by_list = ({**given, **x} for x in ({"full_attention_interval": 3}, {"layer_types": types}))
+    both = {"full_attention_interval": 3, "layer_types": types}
+    assert portable_config(by_interval).items() >= both.items()
+    assert portable_config(by_list).items() >= both.items()
+    assert portable_config(given)["full_attention_interval"] == 4
+    irregular = [*types[:-1], "linear_attention"]
+    assert "full_attention_interval" not in portable_config({**given, "layer_types": irregular})

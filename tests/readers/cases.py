@@ -44,6 +44,17 @@ QWEN3_MOE = DENSE | {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+DELTA_NET = DENSE | {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -106,6 +117,8 @@ CASES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"model_type": "nemotron_h", **NEMOTRON_H, "hybrid_override_pattern": "M-M*-"},
     "nemotron_h-moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE},
     "nemotron_h-latent_moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE, "moe_latent_size": 32},
+    "qwen3_next": {"model_type": "qwen3_next", **DELTA_NET},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text", **DELTA_NET},
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
 }
 
@@ -122,6 +135,11 @@ NOT_RUN: dict[tuple[str, str], str] = {
     **{("sglang", case): "its CPU build has no Mamba-2 scan and no experts without a gate" for case in NEMOTRON_CASES},
     ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
     ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
+    ("transformers4", "qwen3_5_moe"): "transformers 4 has no Qwen3.5",
+    ("sglang", "qwen3_next"): "its CPU build has no gated DeltaNet",
+    ("sglang", "qwen3_5_moe"): "it has a class for the multimodal model only, and its CPU build no gated DeltaNet",
+    ("vllm", "qwen3_next"): "its CPU kernel of gated DeltaNet takes BF16 only; the matrix compares in FP32",
+    ("vllm", "qwen3_5_moe"): "its CPU kernel of gated DeltaNet takes BF16 only; the matrix compares in FP32",
     ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
 }
 """(reader, case) that is not asked, nor made where the reader is a writer too, and why."""

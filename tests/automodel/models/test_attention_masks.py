@@ -39,13 +39,15 @@ def test_packed_documents_see_only_themselves(name: str, attention: str) -> None
             for row, n in zip(ids, lengths, strict=True)
         ]
     assert relative(packed, torch.stack(alone)) < 1e-5
-    if theirs.config.model_type not in ("gpt_oss", "nemotron_h"):  # transformers' own see all of the row
+    # transformers' own see all of the row in GPT-OSS, and wherever a layer scans.
+    if not theirs.config.model_type.startswith(("gpt_oss", "nemotron_h", "qwen3_next", "qwen3_5")):
         assert relative(packed, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", installed("qwen3_moe", "nemotron_h"))
+@pytest.mark.parametrize("name", installed("qwen3_moe", "nemotron_h", "qwen3_next"))
 def test_packed_documents_have_the_gradients_of_separate_ones(name: str) -> None:
-    _, ours = pair(name)
+    # In FP64: some gradients are sums that almost cancel.
+    ours = pair(name)[1].double()
     ids = tokens(1, 12)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     ours(ids, position_ids=positions).logits.square().sum().backward()

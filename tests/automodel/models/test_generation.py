@@ -21,7 +21,14 @@ def test_greedy_tokens_are_identical(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     installed(
-        "qwen3_moe", "mixtral sliding window", "deepseek_v3", "gpt_oss", "qwen2 sliding layers", "llama", "nemotron_h"
+        "qwen3_moe",
+        "mixtral sliding window",
+        "deepseek_v3",
+        "gpt_oss",
+        "qwen3_next",
+        "qwen2 sliding layers",
+        "llama",
+        "nemotron_h",
     ),
 )
 def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
@@ -38,7 +45,7 @@ def test_greedy_tokens_are_identical_for_a_left_padded_batch(name: str) -> None:
     assert torch.equal(actual[2, 8:], alone[0, 2:])
 
 
-@pytest.mark.parametrize("name", installed("qwen3_moe", "deepseek_v3", "gpt_oss", "llama", "nemotron_h"))
+@pytest.mark.parametrize("name", installed("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "llama", "nemotron_h"))
 def test_beam_search_and_static_cache_agree(name: str) -> None:
     theirs, ours = pair(name)
     ids = tokens(2, 5)

@@ -28,7 +28,9 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(name: 
     # The median over positions: rounding sends a few tokens of a tiny model to another expert.
     error_theirs, error_ours = ((x.double() - exact).square().mean(-1).sqrt().median() for x in (theirs, ours))
     assert error_ours < 1.3 * error_theirs
-    assert error_ours < 0.02 * exact.square().mean().sqrt()
+    # A recurrence carries its rounding along; that of transformers is as far off.
+    bound = 0.03 if name.startswith(("qwen3_next", "qwen3_5")) else 0.02
+    assert error_ours < bound * exact.square().mean().sqrt()
 
 
 @every_config
@@ -44,7 +46,9 @@ def test_loss_and_every_gradient_agree(name: str) -> None:
     expected = native_state({n: _grad(p) for n, p in theirs.named_parameters()}, theirs.config)
     actual = {n: _grad(p) for n, p in ours.named_parameters()}
     assert actual.keys() == expected.keys()
-    wrong = {n: relative(actual[n], expected[n]) for n in actual if relative(actual[n], expected[n]) > 2e-5}
+    errors = {n: relative(actual[n], expected[n]) for n in actual}
+    # Those of a decay are sums over all tokens that almost cancel.
+    wrong = {n: error for n, error in errors.items() if error > (2e-4 if ".decay." in n else 2e-5)}
     assert not wrong
 
 
@@ -78,7 +82,9 @@ def test_logits_to_keep_selects_positions(name: str, kept: int | torch.Tensor) -
     assert relative(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", installed("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama", "nemotron_h"))
+@pytest.mark.parametrize(
+    "name", installed("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "llama", "nemotron_h")
+)
 def test_hidden_states_and_attentions_agree(name: str) -> None:
     theirs, ours = pair(name, attention="eager")
     ids = tokens(2, 9)
@@ -91,7 +97,7 @@ def test_hidden_states_and_attentions_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "qwen3_moe sparse step, no renormalisation, biases", "mixtral", "gpt_oss"]
+    "name", ["qwen3_moe", "qwen3_moe sparse step, no renormalisation, biases", "mixtral", "gpt_oss", "qwen3_next"]
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_router_logits_and_auxiliary_loss_agree(name: str, padded: bool) -> None:

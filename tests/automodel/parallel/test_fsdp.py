@@ -13,7 +13,15 @@ from automodel.parallel.grad_norm import clip_grad_norm_
 from automodel.parallel.mesh import MeshConfig, MixedPrecision, data_parallel
 from ckpt_tools.core.errors import UsageError
 from tests.automodel.ranks import run_ranks
-from tests.automodel.tiny import batch, deepseek_v3_model, dense_model, gpt_oss_model, moe_model, nemotron_h_model
+from tests.automodel.tiny import (
+    batch,
+    deepseek_v3_model,
+    dense_model,
+    gpt_oss_model,
+    moe_model,
+    nemotron_h_model,
+    qwen3_next_model,
+)
 
 needs_transformers_5 = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 has no Nemotron-H")
 GLOBAL_ROWS = 4
@@ -120,6 +128,38 @@ def test_latent_attention_and_routing_by_groups_are_the_same_on_any_mesh(mesh):
     without = [name for name, grad in single[2].items() if grad is None]
     assert without
     assert all(name.startswith("model.layers.2.") for name in without), "only the held layer has no gradients"
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(dp_shard=1, ep=2), MeshConfig(dp_shard=2), MeshConfig(dp_shard=2, ep=2), MeshConfig(dp_shard=1, ep=4)],
+    ids=["ep2", "fsdp2", "fsdp2ep2", "ep4"],
+)
+def test_linear_attention_and_the_shared_expert_are_the_same_on_any_mesh(mesh):
+    single = step(qwen3_next_model, MeshConfig())
+    assert_same(single, run_ranks(mesh.dp_shard * mesh.ep, step, qwen3_next_model, mesh))
+    without = [name for name, grad in single[2].items() if grad is None]
+    assert without
+    assert all(name.startswith("mtp.") for name in without), "only the held block has no gradients"
+
+
+def _decay_in_forward(mesh_config):
+    model = qwen3_next_model().bfloat16()
+    decay = model.model.layers[0].linear_attn.decay
+    decay.A_log.data.add_(2**-12)
+    expected = decay.A_log.detach().clone()
+    parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
+    seen = []
+    decay.register_forward_pre_hook(lambda module, _: seen.append(module.A_log.detach().clone()))
+    model(input_ids=batch(2), labels=batch(2)).loss.backward()
+    gradients = {decay.A_log.grad.dtype, model.model.layers[0].linear_attn.out_proj.weight.grad.dtype}
+    return torch.equal(seen[0], expected), expected.dtype, gradients
+
+
+def test_computing_in_bfloat16_leaves_the_decay_in_float32():
+    for same, *dtypes in run_ranks(2, _decay_in_forward, MeshConfig(dp_shard=1, ep=2)):
+        assert same
+        assert dtypes == [torch.float32, {torch.float32, torch.bfloat16}]
 
 
 def _bias_in_forward(mesh_config):
