@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import xxhash
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.auto import NeMoAutoModelForCausalLM, count_predict_layers
-from automodel.models.causal_lm import ModelSource, NativeCausalLM
+from automodel.models.saving import attach_files
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from automodel.sources import locate
 from automodel.tokenizer import NeMoAutoTokenizer
@@ -104,20 +104,10 @@ def build_model(
             # The model of the checkpoint that is loaded next.
             arguments["predict_layers"] = count_predict_layers(open_checkpoint(source.root))
         model = NeMoAutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(source.side_root)), **arguments)
-        _attach_files(model, source.side_root)
+        attach_files(model, source.side_root)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def _attach_files(model: PreTrainedModel, side_root: Path) -> None:
-    """What `from_pretrained` would have taken along besides parameters, so that an export has it."""
-    generation = None
-    if (side_root / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(side_root)
-        generation = model.generation_config.to_dict()
-    if isinstance(model, NativeCausalLM):
-        model.source = ModelSource(side_root, read_config(side_root), generation)
 
 
 def mixed_precision(config: ModelConfig) -> MixedPrecision:

@@ -7,7 +7,7 @@ project works with. Resolving opens no file and allocates no tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -102,11 +102,29 @@ class Layout:
     def is_identity(self) -> bool:
         return self.family == "identity"
 
+    @property
+    def keeps_dtype(self) -> frozenset[str]:
+        """Native names whose leaves keep their dtype whatever the model's (FP32 state)."""
+        kept = {name for name, leaf in self.leaves.items() if leaf.keep_dtype}
+        return frozenset(n for n, tensor in self.native.items() if kept.issuperset(p.leaf for p in tensor.view.pieces))
+
     def shapes(self, side: Side) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a checkpoint of this side stores, by name."""
         if side == "native":
             return {name: tensor.shape for name, tensor in self.native.items()}
         return {name: shape for leaf in self.leaves.values() for name, shape in leaf.stored()}
+
+    def of_names(self, names: Iterable[str]) -> Layout:
+        """This layout with those names on its native side that a model or checkpoint has: its own, or the leaves'.
+
+        A model of transformers 4 mostly holds the tensors of the files; the layout of one is that of the Hugging Face
+        side with itself. Where neither fits, the nearer one.
+        """
+        found = set(names)
+        if len(found ^ self.native.keys()) <= len(found ^ self.leaves.keys()):
+            return self
+        native = {name: NativeTensor(name, algebra.leaf(name, leaf.shape)) for name, leaf in self.leaves.items()}
+        return replace(self, native=native, stacked=frozenset())
 
     def check_names(self, found: Iterable[str], side: Side, where: str) -> None:
         """Compares names with the expected ones of a side (`hf` or `native`).
