@@ -25,6 +25,7 @@ from automodel.compat import PreTrainedConfig, config_dtype, resolve_dtype
 from automodel.logging import get_logger, log_once
 from automodel.models.initialize import agreed_seed
 from automodel.models.saving import add_saving, attach_source, layout_of
+from automodel.parallel.expert_modules import give_every_expert_a_gradient
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import load_parameters
 from automodel.parallel.mesh import ParallelMesh
@@ -157,6 +158,8 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh | ParallelMesh | None) -> No
                 owner, _, own_name = name.rpartition(".")
                 setattr(model.get_submodule(owner), own_name, buffer.float())
         add_saving(model)
+    if mesh is not None:
+        give_every_expert_a_gradient(model)
     parallelize(model, mesh)
 
 
