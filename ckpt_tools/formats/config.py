@@ -119,7 +119,7 @@ def _complete_rope(config: dict[str, object]) -> None:
 
 
 def _complete_partial_rope(config: dict[str, object]) -> None:
-    """MiniMax-M2 counts rotary dimensions (`rotary_dim`, which vLLM reads without a default); others say a fraction."""
+    """MiniMax-M2 counts rotary dimensions (`rotary_dim`, which vLLM reads without a default), others say a part."""
     head_dim, count = config.get("head_dim"), config.get("rotary_dim")
     parameters = config.get("rope_parameters")
     fraction = config.get("partial_rotary_factor")

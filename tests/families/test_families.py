@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, UsageError
 from ckpt_tools.families import FAMILIES, family_of, get_family, layout_for
 from ckpt_tools.layouts.layout import Side
-from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
+from tests.checkpoints import CONFIGS, make_repository, tensor_bytes, write_repository
 
-MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "tests" / "fixtures" / "manifests"
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -125,6 +128,21 @@ def test_both_sides_of_a_family_hold_the_same_number_of_elements(family: str) ->
     assert layout is not None
     native = sum(piece.numel for tensor in layout.native.values() for piece in tensor.view.pieces)
     assert native == sum(leaf.numel for leaf in layout.leaves.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_comes_back_from_a_mesh_bit_for_bit(tmp_path: Path, family: str) -> None:
+    source = make_repository(tmp_path / "source", family)
+    convert(source, tmp_path / "native", mesh="dp_shard=2,ep=3")
+    consolidate(tmp_path / "native", tmp_path / "back")
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(source)
+    assert inspect(tmp_path / "native").family == family
+    assert inspect(tmp_path / "native").side == "native"
+
+
+def test_the_document_of_the_families_is_current() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "family_docs.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "python scripts/family_docs.py"
 
 
 def test_tied_embeddings_are_on_disk_once() -> None:

@@ -87,6 +87,47 @@ CASES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        **DENSE,
+        "num_hidden_layers": 3,
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "num_nextn_predict_layers": 0,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+    },
+    "minimax_m2": {
+        "model_type": "minimax_m2",
+        **DENSE,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "rotary_dim": 16,
+    },
+    "olmoe": {"model_type": "olmoe", **HEADS_SHARE_HIDDEN, "num_experts": 8, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "model_type": "llama4_text",
+        **ATTENTION,
+        "num_hidden_layers": 4,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **DENSE,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
 }
 
@@ -98,6 +139,7 @@ LIMITS: dict[tuple[str, str], str] = {
 """(reader, case) -> why the reader gives wrong logits for it, from the stock checkpoint just as from ours."""
 
 NOT_RUN: dict[tuple[str, str], str] = {
+    ("transformers4", "minimax_m2"): "it has no MiniMax-M2",
     ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
     ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
     ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",

@@ -55,8 +55,9 @@ def cells(readers: Sequence[str], cases: Sequence[str]) -> list[Cell]:
     chosen = []
     for reader in readers:
         writers = WRITERS if reader in WRITERS else WRITERS[-1:]
-        asked = [case for case in cases if (reader, case) not in NOT_RUN]
-        chosen += [Cell(reader, writer, case) for writer in writers for case in asked]
+        for writer in writers:
+            asked = [case for case in cases if not {(reader, case), (writer, case)} & NOT_RUN.keys()]
+            chosen += [Cell(reader, writer, case) for case in asked]
     return chosen
 
 
@@ -83,7 +84,8 @@ class Workshop:
         """The stock checkpoint of a cell."""
         if cell.writer not in self._written:
             script = HERE / "make_checkpoints.py"
-            _run(interpreter(cell.writer), script, self.root / cell.writer, *self.cases)
+            known = [case for case in self.cases if (cell.writer, case) not in NOT_RUN]
+            _run(interpreter(cell.writer), script, self.root / cell.writer, *known)
             self._written.add(cell.writer)
         return self.root / cell.writer / cell.case
 
@@ -103,9 +105,9 @@ class Workshop:
     def report(self, cell: Cell) -> dict[str, Any]:
         """The reader's report on the consolidated checkpoint; transformers checks a writer's cases at one start."""
         if cell not in self._reports:
-            together = (
-                [Cell(cell.reader, cell.writer, case) for case in self.cases] if cell.reader in WRITERS else [cell]
-            )
+            together = [cell]
+            if cell.reader in WRITERS:
+                together = [other for other in cells([cell.reader], self.cases) if other.writer == cell.writer]
             checkpoints = [self.consolidated(each) for each in together]
             self._reports |= zip(together, self.ask(together, checkpoints), strict=True)
         return self._reports[cell]
