@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from automodel.logging import get_logger
-from automodel.models.saving import RepositorySaving
+from automodel.models.saving import RepositorySaving, add_saving, attach_files, layout_of
 from automodel.parallel.agree import raise_together
 from automodel.training.model import Source
 from automodel.training.processes import is_first
@@ -28,6 +28,9 @@ def export_model(model: PreTrainedModel, source: Source, directory: Path) -> Non
     Raises:
         CkptError: the directory exists, or cannot be written; raised on all processes.
     """
+    if not isinstance(model, RepositorySaving) and layout_of(model, model.config.to_dict()) is not None:
+        add_saving(model)
+        attach_files(model, source.side_root)
     if isinstance(model, RepositorySaving):
         model.save_pretrained(str(directory))
         return

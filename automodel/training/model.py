@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.auto import NeMoAutoModelForCausalLM, count_predict_layers
 from automodel.models.saving import attach_files
+from automodel.parallel.local import tensors_by_name
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from automodel.sources import locate
 from automodel.tokenizer import NeMoAutoTokenizer
@@ -20,6 +21,7 @@ from ckpt_tools.engine.checkpoint import open_checkpoint, read_config
 from ckpt_tools.engine.manifest import read_manifest
 from ckpt_tools.families import family_of
 from ckpt_tools.formats.hf import side_files
+from ckpt_tools.layouts.layout import Side
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ def build_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def held_side(model: PreTrainedModel) -> Side:
+    """The side of its family's layout that a model holds; `native` where no layout is known, as everywhere else."""
+    config = model.config.to_dict()
+    family, names = family_of(config), tensors_by_name(model).keys()
+    return "native" if family is None else family.layout(config, form="", names=names).side_of(names)
 
 
 def mixed_precision(config: ModelConfig) -> MixedPrecision:

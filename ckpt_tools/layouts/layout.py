@@ -114,14 +114,24 @@ class Layout:
             return {name: tensor.shape for name, tensor in self.native.items()}
         return {name: shape for leaf in self.leaves.values() for name, shape in leaf.stored()}
 
-    def of_names(self, names: Iterable[str]) -> Layout:
-        """This layout with those names on its native side that a model or checkpoint has: its own, or the leaves'.
+    def side_of(self, names: Iterable[str], *, tie: Side = "native") -> Side:
+        """The side whose names these are, or the nearer one where they are neither's.
 
-        A model of transformers 4 mostly holds the tensors of the files; the layout of one is that of the Hugging Face
-        side with itself. Where neither fits, the nearer one.
+        Args:
+            names: of a checkpoint or a model.
+            tie: the answer where both sides are as near, because all names are the same on both.
         """
         found = set(names)
-        if len(found ^ self.native.keys()) <= len(found ^ self.leaves.keys()):
+        native, published = len(found ^ self.native.keys()), len(found ^ self.shapes("hf").keys())
+        return tie if native == published else "native" if native < published else "hf"
+
+    def of_names(self, names: Iterable[str]) -> Layout:
+        """This layout with those tensors on its native side that a model has: its own, or the leaves.
+
+        A model of transformers 4 mostly holds the tensors of the files; its layout is that of the Hugging Face side
+        with itself.
+        """
+        if self.side_of(names) == "native":
             return self
         native = {name: NativeTensor(name, algebra.leaf(name, leaf.shape)) for name, leaf in self.leaves.items()}
         return replace(self, native=native, stacked=frozenset())

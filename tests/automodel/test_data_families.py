@@ -158,6 +158,7 @@ def test_what_two_processes_train_is_consolidated_into_what_transformers_loads(f
     # The files' own names are those of the native side, too, where they are the same.
     native = TRANSFORMERS_5 or family == "llama4_text"
     assert (found.family, found.side) == (family, "native" if native else "hf")
+    assert json.loads((step / "ckpt-manifest.json").read_bytes())["side"] == found.side
     consolidate(step, tmp_path / "published")
     verify(tmp_path / "published", against=exported)
     models = [
@@ -178,6 +179,10 @@ def test_a_run_resumes_on_any_number_of_processes(tmp_path: Path) -> None:
         reports = run_ranks(processes, run, config, [f"steps={steps}"])
         assert {report.first_step for report in reports} == {steps}
         assert {report.model_class for report in reports} == {"Glm4MoeForCausalLM"}
+    exported = tmp_path / "exported"
+    run_ranks(1, run, config, ["steps=3", f"export_dir={exported}"])
+    verify(exported, against=tmp_path / "out" / "step-000003")
+    assert json.loads((exported / "config.json").read_bytes()).keys() >= {"rope_theta", "rope_parameters"}
 
 
 def with_predict_layer(root: Path) -> Path:
