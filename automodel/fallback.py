@@ -138,7 +138,8 @@ def _load_by_parts(
             _logger,
             logging.WARNING,
             f"{location.root}: every process loads the whole model into host memory before it is sharded, because "
-            f"its files cannot be read by parts: {error.message.splitlines()[0]}",
+            f"its files cannot be read by parts: {error.message.splitlines()[0]}"
+            + (f" (hint: {error.hint})" if error.hint else ""),
         )
     else:
         return model

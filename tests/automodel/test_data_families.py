@@ -28,6 +28,7 @@ from tests.automodel.ranks import run_ranks
 from tests.automodel.tiny import VOCABULARY
 from tests.automodel.training.test_loop import TEXT, save_tokenizer, write_config
 from tests.checkpoints import CONFIGS
+from tests.engine.test_quantised import make_quantised
 
 KNOWN = [
     name
@@ -229,3 +230,13 @@ def test_the_correction_bias_of_routing_stays_in_fp32(family: str, tmp_path: Pat
         assert torch.equal(found, bias)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {tensor.dtype for n, tensor in saved.items() if n.endswith("correction_bias")} == {torch.float32}
+
+
+@pytest.mark.skipif("minimax_m2" not in KNOWN, reason="this transformers has no MiniMax-M2")
+def test_a_dequantised_native_checkpoint_loads_and_is_saved_as_a_plain_repository(tmp_path: Path) -> None:
+    convert(make_quantised(tmp_path / "source", "minimax_m2"), tmp_path / "native", dequantize=True)
+    model = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")
+    verify(tmp_path / "saved", against=tmp_path / "native")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_bytes())
