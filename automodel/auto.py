@@ -107,8 +107,10 @@ class _NeMoAutoModel:
         model_class = cls._native_class(config)
         if model_class is None:
             cls._explain_fallback(config)
+            # A repository's device_map is for transformers itself.
+            place = _device(device, unused if location.is_native else {})
             return fallback.from_pretrained(
-                request, pretrained_model_name_or_path, location, config, mesh, _device(device, {}), revision, unused
+                request, pretrained_model_name_or_path, location, config, mesh, place, revision, unused
             )
         device = _device(device, unused)
         _refuse_unsupported(model_class, config, model_args, unused)
