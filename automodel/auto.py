@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from automodel import fallback
 from automodel.backends import Backend, require_attention
 from automodel.compat import PreTrainedConfig, config_dtype, merge_dtype, require_known, resolve_dtype
 from automodel.logging import get_logger, log_once
 from automodel.models import NATIVE_MODELS
-from automodel.models.causal_lm import ModelSource, NativeCausalLM
+from automodel.models.causal_lm import NativeCausalLM
 from automodel.models.initialize import initialize
+from automodel.models.saving import attach_source
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import allocate, load_parameters
 from automodel.parallel.mesh import MeshConfig, ParallelMesh
@@ -106,11 +107,15 @@ class _NeMoAutoModel:
         config, location, unused = _read_config(
             pretrained_model_name_or_path, config, revision, trust_remote_code, kwargs
         )
+        if location.is_native:
+            config = _unquantised(config)
         model_class = cls._native_class(config)
         if model_class is None:
             cls._explain_fallback(config)
+            # A repository's device_map is for transformers itself.
+            place = _device(device, unused if location.is_native else {})
             return fallback.from_pretrained(
-                request, pretrained_model_name_or_path, location, config, mesh, _device(device, {}), revision, unused
+                request, pretrained_model_name_or_path, location, config, mesh, place, revision, unused
             )
         device = _device(device, unused)
         _refuse_unsupported(model_class, config, model_args, unused)
@@ -122,7 +127,7 @@ class _NeMoAutoModel:
         model = _build(model_class, config, chosen, attn_implementation, backend, count_predict_layers(checkpoint))
         parallelize(model, mesh)
         load_parameters(model, checkpoint, device=device)
-        _attach_source(model, location)
+        attach_source(model, location)
         model.eval()
         model.backend_report().log()
         return (model, dict(_NOTHING_AMISS)) if unused.get("output_loading_info") else model
@@ -342,14 +347,3 @@ def _refuse_unsupported(
 def _is_harmless(name: str, value: object) -> bool:
     # By identity: values may be tensors or mappings of them.
     return name in _HONOURED or any(value is allowed for allowed in _WITHOUT_EFFECT.get(name, _ONLY_OFF))
-
-
-def _attach_source(model: NativeCausalLM, location: Location) -> None:
-    """Remember where the model came from, and take its generation config along."""
-    config = read_config(location.side_root)
-    model.name_or_path = model.config._name_or_path = location.repository or str(location.root)
-    generation = None
-    if (location.side_root / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location.side_root)
-        generation = model.generation_config.to_dict()
-    model.source = ModelSource(location.side_root, config, generation)

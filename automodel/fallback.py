@@ -1,15 +1,16 @@
-"""Architectures without a native form: transformers' own class, sharded by FSDP2 like the others.
+"""Architectures without a native model: transformers' own class, sharded by FSDP2 like the others.
 
-In one process transformers loads its model itself. On a mesh the model is built on the meta device and each process
-reads only its own bytes, as long as the files use the model's parameter names; where they do not (transformers 5
-renames and fuses some while loading), every process loads the whole model on the host first, and a warning says so.
+In one process transformers loads a repository itself. On a mesh, and from a native checkpoint, the model is built on
+the meta device and each process reads only its own bytes: where the family has a layout, or the files use the model's
+parameter names. Where neither holds (transformers 5 renames and fuses some while loading), every process loads the
+whole model on the host first, and a warning says so.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 import transformers
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import GenerationConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from automodel.compat import PreTrainedConfig, config_dtype, resolve_dtype
 from automodel.logging import get_logger, log_once
 from automodel.models.initialize import agreed_seed
+from automodel.models.saving import add_saving, attach_source, layout_of
+from automodel.parallel.expert_modules import give_every_expert_a_gradient
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import load_parameters
 from automodel.parallel.mesh import ParallelMesh
@@ -72,7 +76,7 @@ def from_pretrained(
     kwargs: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The transformers model of a checkpoint, sharded over `mesh` if there is one."""
-    if mesh is None:
+    if mesh is None and not location.is_native:
         where = location.side_root if Path(source).expanduser().exists() else source
         hub = {} if revision is None or where is not source else {"revision": revision}
         model = request.loader.from_pretrained(
@@ -85,9 +89,8 @@ def from_pretrained(
         return model
     if not location.has_weights:
         location = locate(source, revision=revision, options=kwargs)
-    model = _load_sharded(request, location, config, mesh, kwargs)
-    if (location.side_root / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(location.side_root)
+    model = _load_by_parts(request, location, config, mesh, device, kwargs)
+    attach_source(model, location)
     _report(model)
     return model.eval()
 
@@ -107,39 +110,74 @@ def from_config(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(agreed_seed())
             model = request.loader.from_config(config, dtype=request.dtype, **request.options(), **kwargs)
-        parallelize(model, mesh)
+        _shard(model, mesh)
     _report(model)
     return model
 
 
-def _load_sharded(
+def _load_by_parts(
     request: Request,
     location: Location,
     config: PreTrainedConfig,
-    mesh: DeviceMesh | ParallelMesh,
+    mesh: DeviceMesh | ParallelMesh | None,
+    device: torch.device | None,
     kwargs: Mapping[str, Any],
 ) -> PreTrainedModel:
     dtype = config_dtype(config) if request.dtype == "auto" else resolve_dtype(request.dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _ScalarsKeepTheirValue():
             model = request.loader.from_config(config, dtype=dtype, **request.options())
         checkpoint = open_checkpoint(location.root)
-        parallelize(model, mesh)
-        load_parameters(model, checkpoint)
+        _shard(model, mesh)
+        load_parameters(model, checkpoint, device=device)
     except LayoutError as error:
+        if location.is_native:
+            # transformers cannot read these files at all.
+            raise
         log_once(
             _logger,
             logging.WARNING,
             f"{location.root}: every process loads the whole model into host memory before it is sharded, because "
-            f"its files cannot be read by parts: {error.message.splitlines()[0]}",
+            f"its files cannot be read by parts: {error.message.splitlines()[0]}"
+            + (f" (hint: {error.hint})" if error.hint else ""),
         )
     else:
         return model
     model = request.loader.from_pretrained(
         location.side_root, *request.model_args, config=config, dtype=request.dtype, **request.options(), **kwargs
     )
-    parallelize(model, mesh)
+    _shard(model, mesh)
     return model
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh | ParallelMesh | None) -> None:
+    """Shard a model over `mesh`; where its layout is known, it keeps FP32 state and is saved by parts, too."""
+    layout = layout_of(model, model.config.to_dict())
+    if layout is not None:
+        for name, buffer in list(model.named_buffers()):
+            if name in layout.keeps_dtype:
+                owner, _, own_name = name.rpartition(".")
+                setattr(model.get_submodule(owner), own_name, buffer.float())
+        add_saving(model)
+    if mesh is not None:
+        give_every_expert_a_gradient(model)
+    parallelize(model, mesh)
+
+
+class _ScalarsKeepTheirValue(TorchFunctionMode):
+    """Inside `torch.device("meta")`: a tensor made of one Python number is no parameter, and no file has its value."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.tensor and args and isinstance(args[0], (bool, int, float)):
+            options.setdefault("device", "cpu")
+        return func(*args, **options)
 
 
 def _report(model: PreTrainedModel) -> None:

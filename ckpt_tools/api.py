@@ -126,12 +126,13 @@ class InspectReport:
 
 @dataclass(frozen=True)
 class FamilyReport:
-    """One supported family."""
+    """One supported family; `data_only` ones have no native model and train through transformers' class."""
 
     name: str
     title: str
     architecture: str
     model_types: tuple[str, ...]
+    data_only: bool
     rules: tuple[tuple[str, str], ...]
 
 
@@ -430,6 +431,7 @@ def list_families() -> list[FamilyReport]:
             family.title,
             family.architecture,
             family.model_types,
+            family.data_only,
             tuple((rule.native, rule.value.describe()) for rule in family.rules),
         )
         for family in map(get_family, FAMILIES)

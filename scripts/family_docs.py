@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -14,12 +15,17 @@ HEAD = """# Families
 
 What each native tensor is made of. Made by `python scripts/family_docs.py` from `ckpt_tools/families/`; do not edit.
 `ckpt explain CHECKPOINT NAME` answers for one tensor of a checkpoint. A family that is not here keeps its names.
+
+A family with a native model trains in its native tensors. One that is data only trains through transformers' class: its
+native tensors are those that transformers 5 holds in memory. transformers 4 holds the tensors of the files, mostly.
 """
 
 
 def render(family: Family) -> str:
     """The section of one family."""
-    lines = [f"## {family.title}", "", f"`{family.architecture}`, `model_type`: {', '.join(family.model_types)}", ""]
+    kind = "data only" if family.data_only else "native model"
+    belongs = f"`{family.architecture}`, `model_type`: {', '.join(family.model_types)}; {kind}"
+    lines = [f"## {family.title}", "", belongs, ""]
     lines += ["| native tensor | made of | where |", "|---|---|---|"]
     for rule in family.rules:
         where = ", ".join(filter(None, (f"{rule.layers} layers" if rule.layers else "", rule.when or "")))
@@ -30,10 +36,18 @@ def render(family: Family) -> str:
     return "\n".join(lines)
 
 
+def _overview() -> str:
+    rows = ["| family | trains as |", "|---|---|"]
+    for family in map(get_family, FAMILIES):
+        link = re.sub(r"[^\w -]", "", family.title.lower()).replace(" ", "-")
+        rows.append(f"| [{family.title}](#{link}) | {'transformers class' if family.data_only else 'native model'} |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when the document is out of date")
-    text = "\n\n".join([HEAD.strip(), *(render(get_family(name)) for name in FAMILIES)]) + "\n"
+    text = "\n\n".join([HEAD.strip(), _overview(), *(render(get_family(name)) for name in FAMILIES)]) + "\n"
     if parser.parse_args().check:
         if not DOCUMENT.exists() or DOCUMENT.read_text() != text:
             print(f"{DOCUMENT} is out of date. hint: python scripts/family_docs.py", file=sys.stderr)

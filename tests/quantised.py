@@ -23,13 +23,14 @@ FORMS = {
     "qwen3_5_moe": "fp8",
     "qwen3_5": "fp8",
     "deepseek_v3": "fp8",
+    "minimax_m2": "fp8",
     "gpt_oss": "mxfp4",
 }
 """The form that each family is best known in."""
 FP8_FAMILIES = ("deepseek_v3", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 ALL_FORMS = [
     *((family, form) for family in FP8_FAMILIES for form in ("fp8", "fp8-channel", "fp8-tensor")),
-    *((family, "fp8") for family in ("qwen3_next", "qwen3_5_moe", "qwen3_5")),
+    *((family, "fp8") for family in ("qwen3_next", "qwen3_5_moe", "qwen3_5", "minimax_m2")),
     ("gpt_oss", "mxfp4"),
 ]
 WIDE = {"hidden_size": 160, "intermediate_size": 200}
@@ -43,6 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**DELTA_NET, "moe_intermediate_size": 136},
     "qwen3_5_moe": {**DELTA_NET, "shared_expert_intermediate_size": 136},
     "qwen3_5": DELTA_NET,
+    "minimax_m2": {"hidden_size": 160, "intermediate_size": 136},
     "gpt_oss": {},
 }
 MODELOPT = {"quant_algo": "FP8", "quant_method": "modelopt"}

@@ -21,6 +21,7 @@ from automodel.parallel.agree import raise_together
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.staging import Staging
 from ckpt_tools.families.family import LAYOUT_VERSION
+from ckpt_tools.layouts.layout import Side
 from ckpt_tools.version import TOOL
 
 
@@ -29,6 +30,7 @@ def save_checkpoint(
     state: Mapping[str, torch.Tensor],
     *,
     family: str,
+    side: Side = "native",
     side_files: Mapping[str, bytes],
     source: Mapping[str, str],
     keep_last: int | None = None,
@@ -40,6 +42,7 @@ def save_checkpoint(
         directory: final path; one that exists is replaced when the new one is complete.
         state: tensors and DTensors by name; entries that all ranks have as plain tensors are written by one.
         family: of the model's layout, for the manifest.
+        side: of that layout, whose names the model's tensors have.
         side_files: config, tokenizer and so on by relative path, written byte for byte into `hf/`.
         source: where the model came from, for the manifest.
         keep_last: delete all but the newest so many checkpoints beside `directory`; None keeps all.
@@ -64,7 +67,7 @@ def save_checkpoint(
             dcp.save(dict(state), storage_writer=writer, planner=TensorPlanner(), no_dist=no_dist)
         with raise_together("completing the checkpoint"):
             if first:
-                manifest = Manifest(family, LAYOUT_VERSION, "native", TOOL, source=dict(source), blobs=writer.blobs)
+                manifest = Manifest(family, LAYOUT_VERSION, side, TOOL, source=dict(source), blobs=writer.blobs)
                 for name, data in side_files.items():
                     staging.write_document(f"hf/{name}", data)
                     manifest.side_files[f"hf/{name}"] = xxhash.xxh3_128_hexdigest(data)

@@ -6,12 +6,7 @@ transformers offers on a `PreTrainedModel` (generate, gradient checkpointing, Tr
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,46 +32,22 @@ from automodel.backends import (
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.kernels.activations import Gated
-from automodel.logging import get_logger, log_once
 from automodel.models.decoder import Decoder
 from automodel.models.delta_net import Decay
 from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
 from automodel.models.mamba import GatedGroupNorm, StateSpace
 from automodel.models.norms import GatedRMSNorm, RMSNorm
 from automodel.models.predict_layer import PredictLayer
+from automodel.models.saving import RepositorySaving
 from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.router import TopKRouter, load_balancing_loss
 from ckpt_tools.core.errors import UsageError
-from ckpt_tools.core.sizes import parse_size
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model's weights came from; empty for one that was made from a config.
-
-    Attributes:
-        root: directory of config, tokenizer and other side files.
-        config: its config.json as it is on disk.
-        generation_config: the generation config that was loaded, to see whether it was changed since.
-    """
-
-    root: Path | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    generation_config: Mapping[str, Any] | None = None
-
 
 _ATTENDING = ("full_attention", "sliding_attention")
-_logger = get_logger(__name__)
 _DECAY_RATES = (0.01, 16.0)
-_UNSET_SAVE_ARGUMENTS: dict[str, tuple[object, ...]] = {
-    "safe_serialization": (None, True),
-    "push_to_hub": (None, False),
-    "save_peft_format": (None, True),
-    "save_original_format": (None, True),
-}
 
 
-class NativeCausalLM(PreTrainedModel, GenerationMixin):
+class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
     """Base of the native families.
 
     Args:
@@ -85,12 +56,9 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
         predict_layers: layers for multi-token prediction to hold for checkpoints; they neither run nor train.
 
     Attributes:
-        transformers_architecture: the class name that a saved config.json carries, so that any reader loads it.
         decoder_class: what lies between the ids and the head.
-        source: what `save_pretrained` starts from.
     """
 
-    transformers_architecture: str
     decoder_class: type[Decoder] = Decoder
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -105,7 +73,6 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         require_attention(config._attn_implementation)
         super().__init__(config)
-        self.source = ModelSource()
         self.backend = Backend.parse(backend)
         self.spec = self.decoder_spec(config)
         self.model = self.decoder_class(config, self.spec, self.backend)
@@ -230,48 +197,6 @@ class NativeCausalLM(PreTrainedModel, GenerationMixin):
                 hint="resize before sharding: load without device_mesh, resize, save, and load the result",
             )
         return super().resize_token_embeddings(*args, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        max_shard_size: int | str = "5GB",
-        is_main_process: bool = True,
-        overwrite: bool = False,
-        checkpointer: object | None = None,
-        **unsupported: object,
-    ) -> None:
-        """Write a plain Hugging Face repository that transformers 4 and 5, vLLM and SGLang load.
-
-        On a mesh all processes call this together, and each writes its own part; nothing is gathered.
-
-        Args:
-            save_directory: directory to make or to update, on a file system that all processes share.
-            max_shard_size: tensor bytes of one file, `5GB` or a number.
-            is_main_process: for an unsharded model, whether this process writes.
-            overwrite: replace the directory whatever it holds.
-            checkpointer: accepted where NeMo AutoModel takes one; none is needed.
-            unsupported: other arguments of transformers' method; any that is set is refused.
-
-        Raises:
-            UsageError: an argument that has no meaning here.
-            CkptError: the output exists with other files in it, does not fit on the disk, or cannot be written.
-        """
-        from automodel.models.export import export_repository, is_sharded
-
-        refused = [name for name, value in unsupported.items() if value not in _UNSET_SAVE_ARGUMENTS.get(name, (None,))]
-        if refused:
-            raise UsageError(
-                f"save_pretrained of a native model does not take {', '.join(refused)}",
-                hint="save without them; `hf upload` publishes a directory",
-            )
-        if checkpointer is not None:
-            log_once(_logger, logging.INFO, "save_pretrained needs no checkpointer; the one given is not used")
-        if is_main_process or is_sharded(self):
-            export_repository(
-                self, Path(save_directory), max_shard_size=parse_size(max_shard_size), overwrite=overwrite
-            )
-        self.config.architectures = [self.transformers_architecture]
 
     def backend_report(self) -> BackendReport:
         """What runs each kind of layer of this model where its parameters are now, and why not a faster kernel."""

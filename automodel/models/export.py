@@ -1,4 +1,4 @@
-"""Saving a native model as a plain Hugging Face repository, from one process or a mesh.
+"""Saving a model whose layout is known as a plain Hugging Face repository, from one process or a mesh.
 
 Each process writes the bytes that it holds into the final files. The directory appears only when it is whole; one
 that is there is replaced in one step, and only if nothing in it would be lost.
@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.saving import ModelSource, layout_of
 from automodel.parallel.agree import raise_together
 from automodel.parallel.local import LocalBox, host_bytes, local_boxes, tensors_by_name
 from ckpt_tools.core.dtypes import BY_TORCH_NAME
 from ckpt_tools.core.errors import OutputExistsError, listed
 from ckpt_tools.engine.memory import Box, RepositoryExport
-from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -31,11 +32,27 @@ _STAGING_BYTES = 256 << 20
 _REPLACED = frozenset({"config.json", "ckpt-manifest.json"})
 
 
-def export_repository(model: NativeCausalLM, directory: Path, *, max_shard_size: int, overwrite: bool) -> None:
+def export_repository(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    source: ModelSource,
+    architecture: str,
+    max_shard_size: int,
+    overwrite: bool,
+) -> None:
     """Write `model` to `directory`; on a mesh all processes call this together.
 
     Files of an existing directory other than weights and config (a tokenizer saved before, for example) stay; where
     there are none, those of the repository that the model was loaded from are copied.
+
+    Args:
+        model: native, or transformers' own class of a family with a layout.
+        directory: to make or to update.
+        source: where the model came from.
+        architecture: the class name that config.json carries.
+        max_shard_size: bytes of tensor data in one file.
+        overwrite: replace the directory whatever it holds.
 
     Raises:
         OutputExistsError: the directory holds something that replacing it would lose, and `overwrite` is not set.
@@ -56,8 +73,9 @@ def export_repository(model: NativeCausalLM, directory: Path, *, max_shard_size:
         try:
             with together("preparing the repository"):
                 if first:
-                    _collect_side_files(model, directory, Path(side_files), overwrite)
-                export = _export(model, directory, max_shard_size, Path(side_files))
+                    _collect_side_files(model, source, directory, Path(side_files), overwrite)
+                config = repository_config(model, source, architecture)
+                export = _export(model, config, source, directory, max_shard_size, Path(side_files))
                 if first:
                     export.prepare()
                     prepared = True
@@ -73,12 +91,12 @@ def export_repository(model: NativeCausalLM, directory: Path, *, max_shard_size:
                 export.abort()
 
 
-def is_sharded(model: NativeCausalLM) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are divided over a mesh."""
     return isinstance(model, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def owned_boxes(model: NativeCausalLM) -> Iterator[LocalBox]:
+def owned_boxes(model: nn.Module) -> Iterator[LocalBox]:
     """The parts of the model that this process writes: of copies that several processes hold, the first one's."""
     tensors = tensors_by_name(model)
     for box in local_boxes(model):
@@ -93,21 +111,25 @@ def owned_boxes(model: NativeCausalLM) -> Iterator[LocalBox]:
         yield box
 
 
-def repository_config(model: NativeCausalLM) -> dict[str, object]:
+def repository_config(model: PreTrainedModel, source: ModelSource, architecture: str) -> dict[str, object]:
     """The config.json to write: the one that the model was loaded with, updated with the model's own fields."""
     current = json.loads(model.config.to_json_string(use_diff=False))
     current.pop("_name_or_path", None)
-    return {**model.source.config, **current, "architectures": [model.transformers_architecture]}
+    return {**source.config, **current, "architectures": [architecture]}
 
 
-def _export(model: NativeCausalLM, directory: Path, max_shard_size: int, side_files: Path) -> RepositoryExport:
-    config = repository_config(model)
-    family = family_of(config)
-    if family is None:
+def _export(
+    model: PreTrainedModel,
+    config: dict[str, object],
+    source: ModelSource,
+    directory: Path,
+    max_shard_size: int,
+    side_files: Path,
+) -> RepositoryExport:
+    layout = layout_of(model, config)
+    if layout is None:
         raise TypeError(f"{type(model).__name__} has no layout in ckpt_tools.families")
     dtypes = {name: BY_TORCH_NAME[str(t.dtype).removeprefix("torch.")] for name, t in tensors_by_name(model).items()}
-    layout = family.layout(config, form="", names=dtypes)
-    source = {"path": str(model.source.root)} if model.source.root else {}
     return RepositoryExport(
         layout,
         config,
@@ -117,21 +139,23 @@ def _export(model: NativeCausalLM, directory: Path, max_shard_size: int, side_fi
         side_files_from=side_files,
         # What replacing loses was looked for before.
         overwrite=True,
-        source=source,
+        source={"path": str(source.root)} if source.root else {},
     )
 
 
-def _collect_side_files(model: NativeCausalLM, directory: Path, folder: Path, overwrite: bool) -> None:
+def _collect_side_files(
+    model: PreTrainedModel, source: ModelSource, directory: Path, folder: Path, overwrite: bool
+) -> None:
     """Fill `folder` with links to the side files that the repository will have, and its generation config."""
     kept = hf.side_files(directory) if directory.is_dir() and not overwrite else ()
     if directory.exists() and not overwrite:
         _refuse_loss(directory, kept)
-    root = directory if kept else model.source.root
+    root = directory if kept else source.root
     names = kept or (hf.side_files(root) if root is not None else ())
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to((root / name).resolve())
-    if _GENERATION_CONFIG not in names or model.generation_config.to_dict() != model.source.generation_config:
+    if _GENERATION_CONFIG not in names or model.generation_config.to_dict() != source.generation_config:
         (folder / _GENERATION_CONFIG).unlink(missing_ok=True)
         model.generation_config.save_pretrained(folder)
 

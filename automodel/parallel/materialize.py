@@ -8,6 +8,7 @@ written after it, so nothing stays random without notice.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from math import prod
@@ -16,11 +17,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from automodel.logging import get_logger, log_once
 from automodel.parallel.agree import raise_together
 from automodel.parallel.local import LocalBox, host_bytes, local_boxes, poison, prove_written, tensors_by_name
 from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.memory import Box, check_names, load_boxes
+from ckpt_tools.engine.memory import Box, load_boxes, model_layout
+from ckpt_tools.layouts.layout import Layout
+
+_logger = get_logger(__name__)
 
 STAGING_BYTES = 256 << 20
 """Host memory for parameters on their way to an accelerator."""
@@ -39,7 +44,8 @@ def load_parameters(
     concerns this process alone.
 
     Args:
-        model: on the meta device, after `parallelize` if there is a mesh; its parameter names are the native ones.
+        model: on the meta device, after `parallelize` if there is a mesh; its parameter names are the native ones, or
+            those of the Hugging Face side.
         checkpoint: a Hugging Face repository or a native checkpoint, from `open_checkpoint`.
         device: where unsharded parameters go; sharded ones go to the device of their mesh. None: CPU.
         staging_bytes: bound on host memory where parameters live on an accelerator.
@@ -51,11 +57,12 @@ def load_parameters(
     with raise_together("loading the parameters") if sharded else nullcontext(), torch.no_grad():
         allocate(model, device)
         boxes = list(local_boxes(model))
-        check_names(checkpoint, sorted(tensors_by_name(model)))
+        layout = model_layout(checkpoint, tensors_by_name(model).keys())
+        _say_what_stays(checkpoint, layout)
         for box in boxes:
             poison(box.tensor)
         for group in _groups(boxes, staging_bytes):
-            _load_group(checkpoint, group)
+            _load_group(checkpoint, layout, group)
         prove_written(boxes)
 
 
@@ -140,7 +147,19 @@ def _cut(box: LocalBox, limit: int) -> Iterator[LocalBox]:
         yield LocalBox(box.name, box.tensor[start : start + rows], (box.offsets[0] + start, *box.offsets[1:]))
 
 
-def _load_group(checkpoint: Checkpoint, group: list[LocalBox]) -> None:
+def _say_what_stays(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Nothing is left out in silence: layers for multi-token prediction, where the model's class has none."""
+    left = checkpoint.layout.leaves.keys() - layout.leaves.keys()
+    if left:
+        log_once(
+            _logger,
+            logging.WARNING,
+            f"{checkpoint.root}: {len(left):,} tensors of layers for multi-token prediction are not loaded, because "
+            "the model's class has no such layers; what it saves will not have them either",
+        )
+
+
+def _load_group(checkpoint: Checkpoint, layout: Layout, group: list[LocalBox]) -> None:
     """Read a group; parameters in host memory are read in place, others through a buffer."""
     hosts = [box.tensor if box.tensor.is_cpu else torch.empty_like(box.tensor, device="cpu") for box in group]
     for box, host in zip(group, hosts, strict=True):
@@ -150,7 +169,7 @@ def _load_group(checkpoint: Checkpoint, group: list[LocalBox]) -> None:
         Box(box.name, box.offsets, tuple(box.tensor.shape), box.dtype, host_bytes(host))
         for box, host in zip(group, hosts, strict=True)
     ]
-    load_boxes(checkpoint, requests)
+    load_boxes(checkpoint, requests, layout=layout)
     for box, host in zip(group, hosts, strict=True):
         if host is not box.tensor:
             box.tensor.copy_(host)

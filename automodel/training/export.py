@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from automodel.logging import get_logger
-from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.saving import RepositorySaving, add_saving, attach_files, layout_of
 from automodel.parallel.agree import raise_together
 from automodel.training.model import Source
 from automodel.training.processes import is_first
@@ -22,13 +22,16 @@ _logger = get_logger(__name__)
 def export_model(model: PreTrainedModel, source: Source, directory: Path) -> None:
     """Write a Hugging Face repository with the tokenizer of `source`. All processes call it together.
 
-    A native model is written in parts by all processes. One of transformers' own classes is gathered into the host
-    memory of the first process, because its class alone knows the names that its files have.
+    A model whose layout is known, native or not, is written in parts by all processes. Any other of transformers' own
+    classes is gathered into the host memory of the first process: its class alone knows the names that its files have.
 
     Raises:
         CkptError: the directory exists, or cannot be written; raised on all processes.
     """
-    if isinstance(model, NativeCausalLM):
+    if not isinstance(model, RepositorySaving) and layout_of(model, model.config.to_dict()) is not None:
+        add_saving(model)
+        attach_files(model, source.side_root)
+    if isinstance(model, RepositorySaving):
         model.save_pretrained(str(directory))
         return
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

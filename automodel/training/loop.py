@@ -22,7 +22,7 @@ from automodel.training.config import TrainingConfig, load_config
 from automodel.training.data import PackedData, SampleOrder, open_tokens, tokenized
 from automodel.training.export import export_model
 from automodel.training.metrics import MetricsFile, Report, StepMetrics, max_memory_bytes, write_report
-from automodel.training.model import Source, build_model, mixed_precision, open_source
+from automodel.training.model import Source, build_model, held_side, mixed_precision, open_source
 from automodel.training.optimizer import build_optimizer
 from automodel.training.processes import is_first, process_group, terminal_log
 from automodel.training.schedule import lr_ratio
@@ -218,6 +218,7 @@ class _Loop:
             path,
             tensors,
             family=self.source.family,
+            side=held_side(self.model),
             side_files=self.source.side_files(),
             source={**self.source.origin, "step": str(state.step)},
             keep_last=config.checkpoint.keep_last,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import xxhash
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.auto import NeMoAutoModelForCausalLM, count_predict_layers
-from automodel.models.causal_lm import ModelSource, NativeCausalLM
+from automodel.models.saving import attach_files
+from automodel.parallel.local import tensors_by_name
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from automodel.sources import locate
 from automodel.tokenizer import NeMoAutoTokenizer
@@ -20,6 +21,7 @@ from ckpt_tools.engine.checkpoint import open_checkpoint, read_config
 from ckpt_tools.engine.manifest import read_manifest
 from ckpt_tools.families import family_of
 from ckpt_tools.formats.hf import side_files
+from ckpt_tools.layouts.layout import Side
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,17 @@ def build_model(
             # The model of the checkpoint that is loaded next.
             arguments["predict_layers"] = count_predict_layers(open_checkpoint(source.root))
         model = NeMoAutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(source.side_root)), **arguments)
-        _attach_files(model, source.side_root)
+        attach_files(model, source.side_root)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _attach_files(model: PreTrainedModel, side_root: Path) -> None:
-    """What `from_pretrained` would have taken along besides parameters, so that an export has it."""
-    generation = None
-    if (side_root / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(side_root)
-        generation = model.generation_config.to_dict()
-    if isinstance(model, NativeCausalLM):
-        model.source = ModelSource(side_root, read_config(side_root), generation)
+def held_side(model: PreTrainedModel) -> Side:
+    """The side of its family's layout that a model holds; `native` where no layout is known, as everywhere else."""
+    config = model.config.to_dict()
+    family, names = family_of(config), tensors_by_name(model).keys()
+    return "native" if family is None else family.layout(config, form="", names=names).side_of(names)
 
 
 def mixed_precision(config: ModelConfig) -> MixedPrecision:

@@ -54,8 +54,11 @@ def _only(name: str, reports: Sequence[FamilyReport]) -> list[FamilyReport]:
 
 
 def _table(reports: Sequence[FamilyReport]) -> Iterator[str]:
-    rows = [("family", "model", "model_type", "architecture")]
-    rows += [(r.name, r.title, ", ".join(r.model_types), r.architecture) for r in reports]
+    rows = [("family", "model", "model_type", "architecture", "trains as")]
+    rows += [
+        (r.name, r.title, ", ".join(r.model_types), r.architecture, "transformers" if r.data_only else "native model")
+        for r in reports
+    ]
     yield from aligned(rows)
     yield "every other architecture keeps its names and files are resharded as they are (identity)"
 

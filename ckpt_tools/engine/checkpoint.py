@@ -147,7 +147,7 @@ def _recognise(
         del store.tensors[name]
     names = store.tensors.keys()
     # The side is chosen by names, never by shape. Where neither fits, the error speaks of the nearer one.
-    side: Side = "native" if len(names ^ layout.native.keys()) < len(names ^ layout.shapes("hf").keys()) else "hf"
+    side = layout.side_of(names, tie="hf" if store.kind == "safetensors" else "native")
     if side == "native" and form:
         layout = chosen.layout(config, form=form, names=names)
     layout.check_names(names, side, str(path))

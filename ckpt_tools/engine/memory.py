@@ -6,7 +6,7 @@ are written into the final files. Nothing is gathered and no whole tensor is hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ckpt_tools.engine.sides import repository_side_files
 from ckpt_tools.engine.staging import Staging
 from ckpt_tools.engine.targets import repository_tensors
 from ckpt_tools.engine.transfer import Reader, Writer
+from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats import hf
 from ckpt_tools.layouts.layout import Layout
@@ -52,47 +53,67 @@ class Box:
     data: memoryview
 
 
-def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Compares a model's parameter names with what the checkpoint fills.
+def model_layout(checkpoint: Checkpoint, names: Collection[str]) -> Layout:
+    """The layout whose native side is a model's tensors, to be filled from a checkpoint of the same family.
+
+    The model's names decide which side of the family's layout it holds, and whether it has the optional layers.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        names: of the model's parameters and saved buffers.
 
     Raises:
-        LayoutError: the model has parameters that the checkpoint does not fill, or the other way round.
+        LayoutError: the model has parameters that the checkpoint does not fill, or the other way round, optional
+            layers excepted; or the checkpoint is quantised.
     """
-    wanted, there = set(names), set(checkpoint.layout.native)
+    if checkpoint.is_encoded:
+        raise LayoutError(
+            f"{checkpoint.root} is quantised ({checkpoint.layout.form}); parameters are read from plain tensors",
+            hint="`ckpt convert --dequantize` makes a native checkpoint of it that can be loaded",
+        )
+    layout = checkpoint.layout
+    if not layout.is_identity:
+        layout = get_family(layout.family).layout(checkpoint.config, form=layout.form, names=names).of_names(names)
+    wanted, there = set(names), layout.native.keys()
     faults = [
         f"{len(lost):,} {what}\n{listed(sorted(lost))}"
         for lost, what in (
             (wanted - there, "parameters of the model are not in the checkpoint"),
             (there - wanted, "tensors of the checkpoint have no parameter in the model"),
+            (layout.leaves.keys() - checkpoint.layout.leaves.keys(), "tensors that the model needs are not there"),
         )
         if lost
     ]
     if faults:
         raise LayoutError(f"{checkpoint.root} does not fit the model:\n" + "\n".join(faults))
+    return layout
 
 
-def load_boxes(checkpoint: Checkpoint, boxes: Sequence[Box], *, threads: int | None = None) -> None:
+def load_boxes(
+    checkpoint: Checkpoint, boxes: Sequence[Box], *, layout: Layout | None = None, threads: int | None = None
+) -> None:
     """Fills boxes of native tensors from a Hugging Face repository or a native checkpoint.
 
     Args:
         checkpoint: the opened checkpoint.
         boxes: parts to fill; any part of the model, so that a caller can bound its memory by groups.
+        layout: of the boxes, from `model_layout`; None takes the checkpoint's own.
         threads: worker threads.
 
     Raises:
         LayoutError: a name is unknown, a box leaves its tensor, or the checkpoint lacks an element of it.
         StorageError: a read failed.
     """
+    layout = layout or checkpoint.layout
     for box in boxes:
-        if box.name not in checkpoint.layout.native:
+        if box.name not in layout.native:
             raise LayoutError(f"{checkpoint.root} has no tensor {box.name}")
-    target = _memory_store(checkpoint.layout, boxes)
+    target = _memory_store(layout, boxes)
     names = {box.name for box in boxes}
-    leaves = {p.leaf for name in names for p in checkpoint.layout.native[name].view.pieces}
+    leaves = {p.leaf for name in names for p in layout.native[name].view.pieces}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
-        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end)
-        for leaf, end in _box_ends(checkpoint.layout, target)
+        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
     )
     with FileReader(checkpoint.root) as reader:
         _run_parts(copies, reader, _files(boxes), threads)

@@ -1,9 +1,10 @@
-"""One file a family: its layout, as data. `layout_for` finds the family of a config."""
+"""One file a family: its layout, as data. A file in this folder is a family; `layout_for` finds that of a config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from ckpt_tools.core.errors import UsageError
@@ -11,20 +12,10 @@ from ckpt_tools.core.names import nearest
 from ckpt_tools.families.family import Family
 from ckpt_tools.layouts.layout import Layout
 
-FAMILIES = (
-    "deepseek_v3",
-    "gpt_oss",
-    "llama",
-    "mixtral",
-    "nemotron_h",
-    "qwen2",
-    "qwen3",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_moe",
-    "qwen3_next",
-)
-"""Names of the families with a native form, each a module of this package."""
+_SHARED = frozenset({"decoder", "delta_net", "family"})
+"""Modules that families are composed of."""
+FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__) if module.name not in _SHARED))
+"""Names of the families, each a module of this package; none is imported before it is asked for."""
 
 
 def get_family(name: str) -> Family:
@@ -43,7 +34,7 @@ def get_family(name: str) -> Family:
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family that a config belongs to by its `model_type`, or None where no native form exists."""
+    """The family that a config belongs to by its `model_type`, or None where there is none."""
     model_type = config.get("model_type")
     for name in FAMILIES:
         family = get_family(name)

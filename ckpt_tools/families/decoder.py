@@ -26,6 +26,10 @@ QK_NORM = (
     same(ATTENTION + "q_norm.weight", "head_dim"),
     same(ATTENTION + "k_norm.weight", "head_dim"),
 )
+ATTENTION_OUTPUT = (
+    same(ATTENTION + "o_proj.weight", "hidden", "query"),
+    same(ATTENTION + "o_proj.bias", "hidden", when="o_bias"),
+)
 FUSED_ATTENTION = (
     Rule(
         ATTENTION + "qkv_proj.weight",
@@ -44,9 +48,23 @@ FUSED_ATTENTION = (
         ),
         when="qkv_bias",
     ),
-    same(ATTENTION + "o_proj.weight", "hidden", "query"),
-    same(ATTENTION + "o_proj.bias", "hidden", when="o_bias"),
+    *ATTENTION_OUTPUT,
 )
+SEPARATE_ATTENTION = (
+    same(ATTENTION + "q_proj.weight", "query", "hidden"),
+    same(ATTENTION + "k_proj.weight", "key_value", "hidden"),
+    same(ATTENTION + "v_proj.weight", "key_value", "hidden"),
+    same(ATTENTION + "q_proj.bias", "query", when="qkv_bias"),
+    same(ATTENTION + "k_proj.bias", "key_value", when="qkv_bias"),
+    same(ATTENTION + "v_proj.bias", "key_value", when="qkv_bias"),
+    *ATTENTION_OUTPUT,
+)
+"""As transformers holds it, for families without a native model."""
+WIDE_QK_NORM = (
+    same(ATTENTION + "q_norm.weight", "query"),
+    same(ATTENTION + "k_norm.weight", "key_value"),
+)
+"""Norms over all heads together."""
 DENSE_MLP = (
     Rule(
         LAYER + "mlp.gate_up_proj.weight",
@@ -65,6 +83,25 @@ DENSE_MLP = (
     same(LAYER + "mlp.down_proj.weight", "hidden", "mlp_width", layers="dense"),
     same(LAYER + "mlp.down_proj.bias", "hidden", when="mlp_bias", layers="dense"),
 )
+PREDICT = (
+    same(LAYER + "embed_tokens.weight", "vocab", "hidden", layers="predict"),
+    same(LAYER + "enorm.weight", "hidden", layers="predict"),
+    same(LAYER + "hnorm.weight", "hidden", layers="predict"),
+    same(LAYER + "eh_proj.weight", "hidden", "twice_hidden", layers="predict"),
+    same(LAYER + "shared_head.norm.weight", "hidden", layers="predict"),
+    same(LAYER + "shared_head.head.weight", "vocab", "hidden", layers="predict"),
+)
+"""What layers for multi-token prediction have beside an ordinary layer."""
+
+
+def separate_mlp(module: str, width: str, *, when: str | None = None, layers: str | None = None) -> tuple[Rule, ...]:
+    """Gate, up and down projections of an MLP as transformers holds them, `module` being the template of its name."""
+    return (
+        same(module + "gate_proj.weight", width, "hidden", when=when, layers=layers),
+        same(module + "up_proj.weight", width, "hidden", when=when, layers=layers),
+        same(module + "down_proj.weight", "hidden", width, when=when, layers=layers),
+    )
+
 
 MATRICES = (
     *(ATTENTION + f"{name}_proj.weight" for name in "qkvo"),

@@ -106,6 +106,8 @@ class Family:
         architecture: the transformers class that loads the Hugging Face side.
         shape: reads sizes, kinds of layers and flags from a config.
         rules: one for each native tensor.
+        data_only: it has no native model and trains through transformers' class: its native names are those that
+            transformers 5 holds in memory. transformers 4 mostly holds the names of the files.
         tied: names absent from disk when `tie_word_embeddings` is set, with the name they share.
         dropped: templates of names that are on disk in some repositories and hold no weights.
         forms: other forms of the Hugging Face side.
@@ -120,6 +122,7 @@ class Family:
     architecture: str
     shape: Callable[[Mapping[str, Any]], Shape]
     rules: tuple[Rule, ...]
+    data_only: bool = False
     tied: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     dropped: tuple[str, ...] = ()
     forms: tuple[Form, ...] = ()

@@ -32,7 +32,17 @@ _ARCHITECTURES: Final = {
     "qwen3_next": "Qwen3NextForCausalLM",
 }
 _DEEPSEEK_V3: Final = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
-_REQUIRED: Final = {"deepseek_v3": _DEEPSEEK_V3, "kimi_k2": _DEEPSEEK_V3}
+_MINIMAX_M2: Final = {
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+}
+_REQUIRED: Final[dict[str, dict[str, object]]] = {
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": _DEEPSEEK_V3,
+    "minimax_m2": _MINIMAX_M2,
+}
 """Fields by `model_type`, with the one value that the family's transformers class computes with."""
 _NEMOTRON_LETTERS: Final = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 _NEMOTRON_SPELLINGS: Final = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -72,6 +82,8 @@ def _torch_name(dtype: DType) -> str:
 
 
 def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> None:
+    if config.get("model_type") == "minimax_m2":
+        _complete_partial_rope(config)
     _complete_rope(config)
     _complete_dtype(config, dtype, top=top)
     model_type = config.get("model_type")
@@ -152,6 +164,22 @@ def _complete_rope(config: dict[str, object]) -> None:
             _add_old(config, parameters)
     elif config.get("rope_theta") is not None:
         config["rope_parameters"] = _new_parameters(config)
+
+
+def _complete_partial_rope(config: dict[str, object]) -> None:
+    """MiniMax-M2 counts rotary dimensions (`rotary_dim`, which vLLM reads without a default), others say a part."""
+    head_dim, count = config.get("head_dim"), config.get("rotary_dim")
+    parameters = config.get("rope_parameters")
+    fraction = config.get("partial_rotary_factor")
+    if fraction is None and isinstance(parameters, dict):
+        fraction = parameters.get("partial_rotary_factor")
+    if not isinstance(head_dim, int):
+        return
+    if isinstance(count, int):
+        fraction = count / head_dim if fraction is None else fraction
+        config.setdefault("partial_rotary_factor", fraction)
+    else:
+        config["rotary_dim"] = int(head_dim * fraction) if isinstance(fraction, int | float) else head_dim
 
 
 def _add_old(config: dict[str, object], parameters: dict[str, object]) -> None:

@@ -7,7 +7,7 @@ project works with. Resolving opens no file and allocates no tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -105,11 +105,39 @@ class Layout:
     def is_identity(self) -> bool:
         return self.family == "identity"
 
+    @property
+    def keeps_dtype(self) -> frozenset[str]:
+        """Native names whose leaves keep their dtype whatever the model's (FP32 state)."""
+        kept = {name for name, leaf in self.leaves.items() if leaf.keep_dtype}
+        return frozenset(n for n, tensor in self.native.items() if kept.issuperset(p.leaf for p in tensor.view.pieces))
+
     def shapes(self, side: Side) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that a checkpoint of this side stores, by name."""
         if side == "native":
             return {name: tensor.shape for name, tensor in self.native.items()}
         return {name: shape for leaf in self.leaves.values() for name, shape in leaf.stored()}
+
+    def side_of(self, names: Iterable[str], *, tie: Side = "native") -> Side:
+        """The side whose names these are, or the nearer one where they are neither's.
+
+        Args:
+            names: of a checkpoint or a model.
+            tie: the answer where both sides are as near, because all names are the same on both.
+        """
+        found = set(names)
+        native, published = len(found ^ self.native.keys()), len(found ^ self.shapes("hf").keys())
+        return tie if native == published else "native" if native < published else "hf"
+
+    def of_names(self, names: Iterable[str]) -> Layout:
+        """This layout with those tensors on its native side that a model has: its own, or the leaves.
+
+        A model of transformers 4 mostly holds the tensors of the files; its layout is that of the Hugging Face side
+        with itself.
+        """
+        if self.side_of(names) == "native":
+            return self
+        native = {name: NativeTensor(name, algebra.leaf(name, leaf.shape)) for name, leaf in self.leaves.items()}
+        return replace(self, native=native, stacked=frozenset())
 
     def check_names(self, found: Iterable[str], side: Side, where: str) -> None:
         """Compares names with the expected ones of a side (`hf` or `native`).

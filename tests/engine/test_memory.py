@@ -16,7 +16,7 @@ from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import LayoutError, OutputExistsError
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
 from ckpt_tools.engine.files import FileReader
-from ckpt_tools.engine.memory import Box, RepositoryExport, check_names, load_boxes
+from ckpt_tools.engine.memory import Box, RepositoryExport, load_boxes, model_layout
 from ckpt_tools.engine.sharding import ShardingMesh, boxes
 from ckpt_tools.families import FAMILIES
 from tests.checkpoints import make_repository, tensor_bytes, write_repository
@@ -102,10 +102,10 @@ def test_names_that_the_model_and_the_checkpoint_do_not_share_are_listed(tmp_pat
     checkpoint = open_checkpoint(make_repository(tmp_path / "source", "qwen3"))
     names = set(checkpoint.layout.native) - {"model.norm.weight"} | {"model.extra"}
     with pytest.raises(LayoutError) as caught:
-        check_names(checkpoint, names)
+        model_layout(checkpoint, names)
     assert "model.extra" in str(caught.value)
     assert "model.norm.weight" in str(caught.value)
-    check_names(checkpoint, checkpoint.layout.native)
+    assert model_layout(checkpoint, checkpoint.layout.native.keys()) is not None
 
 
 @pytest.mark.parametrize(

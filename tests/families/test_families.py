@@ -5,16 +5,21 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ckpt_tools import consolidate, convert, inspect
+from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, UsageError
 from ckpt_tools.families import FAMILIES, family_of, get_family, layout_for
 from ckpt_tools.layouts.layout import Side
-from tests.checkpoints import CONFIGS
+from tests.checkpoints import CONFIGS, make_repository, tensor_bytes, write_repository
 
-MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "tests" / "fixtures" / "manifests"
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -345,6 +350,21 @@ def test_both_sides_of_a_family_hold_the_same_number_of_elements(family: str) ->
     assert native == sum(leaf.numel for leaf in layout.leaves.values())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_comes_back_from_a_mesh_bit_for_bit(tmp_path: Path, family: str) -> None:
+    source = make_repository(tmp_path / "source", family)
+    convert(source, tmp_path / "native", mesh="dp_shard=2,ep=3")
+    consolidate(tmp_path / "native", tmp_path / "back")
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(source)
+    assert inspect(tmp_path / "native").family == family
+    assert inspect(tmp_path / "native").side == "native"
+
+
+def test_the_document_of_the_families_is_current() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "family_docs.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "python scripts/family_docs.py"
+
+
 def test_tied_embeddings_are_on_disk_once() -> None:
     layout = layout_for({**CONFIGS["qwen2"], "tie_word_embeddings": True})
     assert layout is not None
@@ -366,6 +386,83 @@ def test_a_config_without_a_needed_field_says_which() -> None:
     config = {k: v for k, v in CONFIGS["mixtral"].items() if k != "num_local_experts"}
     with pytest.raises(LayoutError, match="num_local_experts"):
         layout_for(config)
+
+
+def test_minimax_m2_in_fp8_has_as_many_scales_as_the_published_repository() -> None:
+    config = {
+        "model_type": "minimax_m2",
+        "hidden_size": 3072,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_local_experts": 256,
+        "vocab_size": 200064,
+    }
+    shapes = get_family("minimax_m2").layout(config, form="fp8").shapes("hf")
+    assert sum(name.endswith("weight_scale_inv") for name in shapes) == 47_864
+    assert shapes["model.layers.61.self_attn.q_norm.weight"] == (6144,)
+    assert shapes["model.layers.0.block_sparse_moe.experts.255.w2.weight_scale_inv"] == (24, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({}, "dmd"),
+        ({"interleave_moe_layer_step": 1}, "mmm"),
+        ({"moe_layers": [0, 2]}, "mdm"),
+        ({"moe_layers": []}, "ddd"),
+    ],
+)
+def test_llama4_layers_have_experts_where_the_config_says(changes: dict[str, object], kinds: str) -> None:
+    layout = layout_for({**CONFIGS["llama4_text"], **changes})
+    assert layout is not None
+    assert "".join(kind[0] for kind in layout.layers) == kinds
+    for index, kind in enumerate(kinds):
+        assert (f"model.layers.{index}.feed_forward.experts.down_proj" in layout.leaves) == (kind == "m")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if get_family(name).data_only])
+def test_a_layout_takes_the_side_of_the_names_that_a_model_has(family: str) -> None:
+    layout = layout_for(CONFIGS[family])
+    assert layout is not None
+    assert layout.of_names(layout.native.keys()) is layout
+    of_files = layout.of_names(layout.leaves.keys())
+    assert of_files.shapes("native") == of_files.shapes("hf") == layout.shapes("hf")
+    assert (of_files is layout) == (layout.shapes("native") == layout.shapes("hf"))
+    # One name that is lost or new does not change sides.
+    assert layout.of_names([*layout.native, "more"][1:]) is layout
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        (
+            "gemma3",
+            ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "multi_modal_projector.mm_soft_emb_norm"),
+        ),
+        ("llama4", ("vision_model.model.layers.0.mlp.fc1.weight", "multi_modal_projector.linear_1.weight")),
+    ],
+)
+def test_a_multimodal_repository_loses_nothing(tmp_path: Path, model_type: str, names: tuple[str, ...]) -> None:
+    text = layout_for(CONFIGS[f"{model_type}_text"])
+    assert text is not None
+    tensors = {f"language_model.{name}": (DTYPES["BF16"], leaf.shape) for name, leaf in text.leaves.items()}
+    tensors |= dict.fromkeys(names, (DTYPES["BF16"], (6, 4)))
+    config = {"model_type": model_type, "text_config": CONFIGS[f"{model_type}_text"], "vision_config": {}}
+    source = write_repository(tmp_path / "source", tensors, config)
+    assert inspect(source).family == "identity"
+    convert(source, tmp_path / "native", mesh="dp_shard=2")
+    consolidate(tmp_path / "native", tmp_path / "back")
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(source)
+
+
+def test_a_text_config_over_multimodal_files_names_what_does_not_fit(tmp_path: Path) -> None:
+    tensors = {"language_model.model.norm.weight": (DTYPES["BF16"], (32,))}
+    source = write_repository(tmp_path / "source", tensors, CONFIGS["gemma3_text"])
+    with pytest.raises(LayoutError, match=r"1 unexpected\n.*language_model\.model\.norm\.weight"):
+        inspect(source)
 
 
 @pytest.mark.parametrize(("manifest", "form"), [("gpt-oss-20b", ""), ("gpt-oss-20b-mxfp4", "mxfp4")])

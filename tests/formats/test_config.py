@@ -187,3 +187,27 @@ def test_layers_with_linear_attention_are_named_one_by_one_and_by_their_interval
     assert portable_config(given)["full_attention_interval"] == 4
     irregular = [*types[:-1], "linear_attention"]
     assert "full_attention_interval" not in portable_config({**given, "layer_types": irregular})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rotary_dim": 8, "rope_theta": 5e6},
+        {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"partial_rotary_factor": 0.5, "rope_theta": 5e6},
+    ],
+)
+def test_minimax_m2_says_what_the_engines_read_without_a_default(spelling: dict[str, object]) -> None:
+    result = portable_config({"model_type": "minimax_m2", "head_dim": 16, **spelling})
+    assert result["rotary_dim"] == 8
+    assert result["partial_rotary_factor"] == 0.5
+    assert result["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+    assert result["scoring_func"] == "sigmoid"
+    # Without it vLLM and SGLang drop the correction bias in silence.
+    assert result["use_routing_bias"] is True
+
+
+def test_minimax_m2_without_partial_rope_rotates_every_dimension() -> None:
+    config = {"model_type": "minimax_m2", "head_dim": 16, "rope_parameters": {"rope_theta": 5e6}}
+    assert portable_config(config)["rotary_dim"] == 16
+    assert "partial_rotary_factor" not in portable_config(config)

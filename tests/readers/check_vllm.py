@@ -1,6 +1,7 @@
 """Load a checkpoint with vLLM's CPU build; compare full-vocabulary log-probabilities and greedy tokens.
 
-Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs unmodified, in FP32, in this process.
+Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32, in this process, unmodified
+but for the router of its CPU build: see `OneGroup`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,21 @@ from pathlib import Path
 import numpy as np
 import vllm
 from reader_check import Reference, Report, max_difference, run, tokenizer_agrees
+from vllm.model_executor.layers.fused_moe.router import cpu_router, router_factory
+
+
+class OneGroup(cpu_router.CPURouter):
+    """vLLM's CPU build takes sigmoid scores (MiniMax-M2) only with groups of experts; one group of all is the same."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        if self.scoring_func == "sigmoid" and not self.use_grouped_topk:
+            self.use_grouped_topk, self.num_expert_group, self.topk_group = True, 1, 1
 
 
 def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
     vocabulary = reference.logits.shape[-1]
+    router_factory.CPURouter = OneGroup
     engine = vllm.LLM(
         model=str(checkpoint),
         dtype="float32",

@@ -47,13 +47,17 @@ def make(case: str, destination: Path) -> None:
 
 
 def _randomise(model: transformers.PreTrainedModel) -> None:
-    """Give norms and biases, which start as ones or zeros, values of their own."""
+    """Give norms and biases, buffers of routing among them, which start as ones and zeros, values of their own."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif parameter.ndim == 1:
+                # Norms that hold their weight less 1 start as zeros.
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(0.0, 0.3)
 
 
 def _reference(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> Reference | None:

@@ -87,7 +87,7 @@ def test_a_model_of_other_names_is_refused(repository):
 def test_an_error_on_one_rank_is_raised_on_all(repository):
     def one_rank_fails():
         if torch.distributed.get_rank() == 1:
-            materialize.load_boxes = lambda *_: (_ for _ in ()).throw(OSError("the disk of rank 1 is gone"))
+            materialize.load_boxes = lambda *_, **__: (_ for _ in ()).throw(OSError("the disk of rank 1 is gone"))
         loaded(repository, MeshConfig(dp_shard=2))
 
     outcomes = run_ranks_outcomes(2, one_rank_fails)
