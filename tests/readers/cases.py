@@ -36,6 +36,34 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 32,
+}
+DEEPSEEK_V3 = ATTENTION | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN3_MOE},
     "qwen3_moe-tied": {"model_type": "qwen3_moe", **QWEN3_MOE, "tie_word_embeddings": True},
@@ -67,25 +95,13 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "sliding_window": 8,
     },
-    "deepseek_v3": {
+    "deepseek_v3": {"model_type": "deepseek_v3", **DEEPSEEK_V3, "rope_scaling": DEEPSEEK_YARN},
+    "deepseek_v3-moonlight": {
         "model_type": "deepseek_v3",
-        **ATTENTION,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
+        **DEEPSEEK_V3,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "n_shared_experts": 2,
     },
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
 }

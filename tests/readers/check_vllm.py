@@ -1,6 +1,7 @@
 """Load a checkpoint with vLLM's CPU build; compare full-vocabulary log-probabilities and greedy tokens.
 
-Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs unmodified, in FP32, in this process.
+Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32 in this process, unmodified but
+for what vllm_torch.py says.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ os.environ.update(
     VLLM_USE_AOT_COMPILE="0",
 )
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import vllm
+import vllm_torch
 from reader_check import Reference, Report, max_difference, run, tokenizer_agrees
 
 
-def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
+def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    vllm_torch.install(config["model_type"])
     vocabulary = reference.logits.shape[-1]
     engine = vllm.LLM(
         model=str(checkpoint),
@@ -44,6 +50,7 @@ def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
         logprobs_mode="raw_logprobs",
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **options,
     )
     sampling = vllm.SamplingParams(
         max_tokens=reference.greedy.shape[1],

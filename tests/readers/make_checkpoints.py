@@ -47,13 +47,15 @@ def make(case: str, destination: Path) -> None:
 
 
 def _randomise(model: transformers.PreTrainedModel) -> None:
-    """Give norms and biases, which start as ones and zeros, values of their own."""
+    """Give norms and biases, which start as ones and zeros, values of their own; routers' correction biases, too."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            elif parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5)
+                tensor.normal_(std=0.3)
+            elif tensor.ndim == 1:
+                tensor.uniform_(0.5, 1.5)
+            if name.endswith("sinks"):  # published in BF16, and kept so by SGLang whatever it computes in
+                tensor.copy_(tensor.bfloat16())
 
 
 def _reference(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> Reference | None:
