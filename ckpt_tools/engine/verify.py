@@ -120,6 +120,8 @@ def compare(
         LayoutError: names or dtypes differ.
         MismatchError: values differ; the tensors are listed with the first element that does.
     """
+    if checkpoint.layout.tied.keys() != other.layout.tied.keys():
+        checkpoint, other = checkpoint.untied(), other.untied()
     _same_leaves(checkpoint, other)
     theirs = {copy.name: copy for copy in _reads(other)}
     different: dict[str, int] = {}

@@ -63,6 +63,13 @@ DEEPSEEK_V3 = ATTENTION | {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
+GPT_OSS = ATTENTION | {
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN3_MOE},
@@ -86,15 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_scaling": LLAMA3_ROPE,
     },
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        **ATTENTION,
-        "num_hidden_layers": 2,
-        "intermediate_size": 96,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-    },
+    "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
     "deepseek_v3": {"model_type": "deepseek_v3", **DEEPSEEK_V3, "rope_scaling": DEEPSEEK_YARN},
     "deepseek_v3-moonlight": {
         "model_type": "deepseek_v3",
@@ -104,18 +103,68 @@ CASES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
     },
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
+    "mixtral-head_dim": {"model_type": "mixtral", **DENSE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe-fp8": {
+        "model_type": "qwen3_moe",
+        **QWEN3_MOE,
+        "hidden_size": 256,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 128,
+        "initializer_range": 0.05,
+    },
+    "qwen3_moe-fp8-narrow": {"model_type": "qwen3_moe", **QWEN3_MOE},
+    "deepseek_v3-fp8": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK_V3,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "rope_scaling": DEEPSEEK_YARN,
+        "initializer_range": 0.05,
+    },
+    "gpt_oss-mxfp4": {"model_type": "gpt_oss", **GPT_OSS},
 }
+
+FORMS: dict[str, str] = {
+    "qwen3_moe-fp8": "fp8",
+    "qwen3_moe-fp8-narrow": "fp8",
+    "deepseek_v3-fp8": "fp8",
+    "gpt_oss-mxfp4": "mxfp4",
+}
+"""Cases whose source is a quantised repository; readers see what `--quantize` writes of it."""
+
+EXPORTS: dict[str, str] = {f"{case}-export": case for case in ("qwen3_moe-fp8", "deepseek_v3-fp8", "gpt_oss-mxfp4")}
+"""Cases that are the dequantised export of a quantised one."""
 
 LIMITS: dict[tuple[str, str], str] = {
-    ("sglang", "qwen3_moe-dense_layers"): "SGLang ignores `mlp_only_layers` and `decoder_sparse_step`",
-    ("sglang", "qwen3_moe-tied"): "SGLang's Qwen3-MoE ignores `tie_word_embeddings`",
-    ("sglang", "llama-biases"): "SGLang's Llama ignores `mlp_bias`",
+    ("transformers5", "deepseek_v3-fp8"): "transformers 5 dequantises FP8 in blocks of rows // scale rows, not of 128",
 }
-"""(reader, case) -> why the reader gives wrong logits for it, from the stock checkpoint just as from ours."""
+"""(reader, case) -> what a reader gets wrong here, from the stock checkpoint just as from ours, beside the limits that
+`ckpt consolidate --for` knows (ckpt_tools/families/readers.py): this one concerns machines without a GPU only."""
 
-NOT_RUN: dict[tuple[str, str], str] = {
-    ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
-    ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
-    ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
+NO_KERNEL: dict[tuple[str, str], str] = {
+    ("transformers4", "fp8"): "transformers 4 needs a GPU for FP8",
+    ("vllm", "fp8"): "vLLM's CPU build has FP8 kernels for AMX only",
+    ("vllm", "mxfp4"): "vLLM's CPU build has no MXFP4 experts",
+    ("sglang", "fp8"): "SGLang's CPU path has FP8 linears for AMX only",
+    ("sglang", "mxfp4"): "SGLang's MXFP4 experts need triton_kernels",
 }
-"""(reader, case) that is not asked, and why."""
+"""(reader, form) that cannot compute on a CPU without AMX: the files are compared with the published ones instead."""
+
+OPTIONS: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
+    ("vllm", "deepseek_v3-moonlight"): (
+        {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        "with `custom_ops: [-rotary_embedding]`: vLLM's CPU kernel misreads DeepSeek's RoPE without YaRN",
+    ),
+    **{
+        ("transformers5", case): (
+            {"dtype": "bfloat16"},
+            "with `dtype=bfloat16`: transformers 5 otherwise leaves unrounded what it dequantises",
+        )
+        for case in ("qwen3_moe-fp8", "qwen3_moe-fp8-narrow")
+    },
+    ("sglang", "qwen3_moe-fp8-narrow"): ({"--dtype": "bfloat16"}, "with `--dtype bfloat16`: FP8 asks for it"),
+}
+"""(reader, case) -> the reader's own options that the case needs, and why; without them it does not pass."""

@@ -45,7 +45,7 @@ PREFIXES = 6
 def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     replaced = sglang_torch.install(config["model_type"])
-    runner = _model_runner(checkpoint)
+    runner = _model_runner(checkpoint, options)
     length = reference.input_ids.shape[1]
     want = reference.log_probabilities()
     compared = []
@@ -69,10 +69,11 @@ def check(report: Report, checkpoint: Path, reference: Reference, options: dict[
     )
 
 
-def _model_runner(checkpoint: Path) -> one_batch._TorchBenchRunner:
+def _model_runner(checkpoint: Path, options: dict[str, Any]) -> one_batch._TorchBenchRunner:
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    flags = [part for flag, value in FLAGS.items() for part in ([flag] if value is None else [flag, value])]
+    chosen = FLAGS | options
+    flags = [part for flag, value in chosen.items() for part in ([flag] if value is None else [flag, value])]
     server = ServerArgs.from_cli_args(parser.parse_args(["--model-path", str(checkpoint), *flags]))
     server.resolve_once()
     one_batch._set_envs_and_config(server)

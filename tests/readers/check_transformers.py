@@ -22,9 +22,9 @@ from reader_check import Reference, Report, log_softmax, max_difference, run, to
 
 def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        checkpoint, **{"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, **options}
     )
-    model.eval()
+    model.float().eval()
     prompts = torch.from_numpy(reference.input_ids)
     with torch.no_grad():
         logits = model(prompts).logits.float().numpy()

@@ -1,7 +1,7 @@
 """Load a checkpoint with vLLM's CPU build; compare full-vocabulary log-probabilities and greedy tokens.
 
-Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32 in this process, unmodified but
-for what vllm_torch.py says.
+Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32 in this process, unmodified
+but for what vllm_torch.py says.
 """
 
 from __future__ import annotations

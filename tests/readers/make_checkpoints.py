@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from cases import CASES, VOCABULARY
+from cases import CASES, FORMS, VOCABULARY
+from published_forms import publish
 from reader_check import Reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,13 +40,25 @@ def make(case: str, destination: Path) -> None:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         _randomise(model)
+        if form := FORMS.get(case):
+            model = _published(model, form, destination / case)
         if reference := _reference(model, tokenizer):
             break
     else:
         raise RuntimeError(f"{case}: no seed gave greedy tokens with a lead of {CLEAR_LEAD}")
-    model.save_pretrained(destination / case)
+    if case not in FORMS:
+        model.save_pretrained(destination / case)
     _save_tokenizer(tokenizer, destination / case)
     reference.save(destination / f"{case}.reference.safetensors")
+
+
+def _published(model: transformers.PreTrainedModel, form: str, destination: Path) -> transformers.PreTrainedModel:
+    """Publish a model in a quantised form; what is returned has the values that were published."""
+    shutil.rmtree(destination, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as plain:
+        model.save_pretrained(plain)
+        publish(Path(plain), destination, form)
+        return type(model).from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def _randomise(model: transformers.PreTrainedModel) -> None:

@@ -101,7 +101,7 @@ def run(blank: Report, check: Check) -> int:
     """Check every CHECKPOINT REFERENCE pair of the command line; one JSON line each on stdout, all else on stderr."""
     parser = argparse.ArgumentParser(description=f"Load checkpoints with {blank.reader}; compare with references.")
     parser.add_argument("pairs", nargs="+", type=Path, metavar="CHECKPOINT REFERENCE")
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON object of the reader's own options")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: CHECKPOINT -> the reader's own options")
     arguments = parser.parse_args()
     pairs: list[Path] = arguments.pairs
     if len(pairs) % 2:
@@ -109,9 +109,10 @@ def run(blank: Report, check: Check) -> int:
     failures = 0
     for checkpoint, reference in zip(pairs[::2], pairs[1::2], strict=True):
         started = replace(blank, checkpoint=str(checkpoint))
+        options = arguments.options.get(str(checkpoint), {})
         with _stdout_to_stderr():
             try:
-                report = check(started, checkpoint, Reference.load(reference), arguments.options)
+                report = check(started, checkpoint, Reference.load(reference), options)
             except Exception as error:  # a reader may refuse a checkpoint in any way: that is the finding
                 traceback.print_exc()
                 report = replace(started, error=f"{type(error).__name__}: {error}".strip())

@@ -1,4 +1,4 @@
-"""Plain torch in place of the kernels that SGLang has for GPUs and AMX only, for the families whose CPU path lacks them.
+"""Plain torch in place of kernels that SGLang has for GPUs and AMX only, for the families whose CPU path lacks them.
 
 Attention with sinks or of latents (GPT-OSS, DeepSeek V3), the Mamba-2 scan and experts without a gate (Nemotron-H).
 Loaders, parameter layouts, routers, norms, rotary embeddings and linears stay SGLang's. Nothing is cached: a request is
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
+import sglang_stubs  # before sglang
 import torch
-from sglang_stubs import Stub  # before sglang
 from sglang.srt.arg_groups import model_hook
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
@@ -33,7 +33,7 @@ REPLACED = ("gpt_oss", "deepseek_v3", "nemotron_h")
 
 
 def install(model_type: str) -> bool:
-    """Replace what SGLang's CPU path lacks for this `model_type`; False, and nothing replaced, where it lacks nothing."""
+    """Replace what SGLang's CPU path lacks for this `model_type`; False, nothing replaced, where it lacks nothing."""
     if model_type not in REPLACED:
         return False
     # GPT-OSS asserts a backend that knows sinks: the attention below does.
@@ -52,7 +52,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     forward_batch: ForwardBatch,
-    save_kv_cache: bool = True,
+    _save_kv_cache: bool = True,
     *,
     sinks: torch.Tensor | None = None,
     **others: object,
@@ -101,7 +101,7 @@ def _install_plain_rope() -> None:
 
 def _install_mamba() -> None:
     for name in OPS:
-        setattr(torch.ops.sgl_kernel, name, Stub(stub_name=f"torch.ops.sgl_kernel.{name}"))
+        setattr(torch.ops.sgl_kernel, name, sglang_stubs.Stub(stub_name=f"torch.ops.sgl_kernel.{name}"))
     from sglang.srt.models import nemotron_h
 
     nemotron_h.NemotronHMambaDecoderLayer._forward_mamba = _forward_mamba
