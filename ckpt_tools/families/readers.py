@@ -73,9 +73,18 @@ def _has_narrow_heads(config: Config) -> bool:
 
 LIMITS = (
     Limit(
-        "transformers4", ("nemotron_h",), "transformers 4 has no class for Nemotron-H", _always, error="`nemotron_h`"
+        "transformers4",
+        ("nemotron_h",),
+        "transformers 4 has no class for Nemotron-H",
+        _always,
+        error="does not recognize this architecture",
     ),
-    Limit("sglang", ("qwen3_moe",), "SGLang ignores `mlp_only_layers` and `decoder_sparse_step`", _has_dense_layers),
+    Limit(
+        "sglang",
+        ("qwen3_moe",),
+        "SGLang ignores `mlp_only_layers` and `decoder_sparse_step`",
+        _has_dense_layers,
+    ),
     Limit(
         "sglang",
         ("qwen3_moe",),
