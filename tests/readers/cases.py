@@ -144,6 +144,9 @@ LIMITS: dict[tuple[str, str], str] = {
 """(reader, case) -> what a reader gets wrong here, from the stock checkpoint just as from ours, beside the limits that
 `ckpt consolidate --for` knows (ckpt_tools/families/readers.py): this one concerns machines without a GPU only."""
 
+NOT_RUN: dict[tuple[str, str], str] = {}
+"""(reader, case) that is not asked, nor made where the reader is a writer too, and why."""
+
 NO_KERNEL: dict[tuple[str, str], str] = {
     ("transformers4", "fp8"): "transformers 4 needs a GPU for FP8",
     ("vllm", "fp8"): "vLLM's CPU build has FP8 kernels for AMX only",
