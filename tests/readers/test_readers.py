@@ -5,7 +5,7 @@ Deselected unless `--readers` names readers: `make readers` runs the whole matri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -26,23 +26,30 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
 
 
 @pytest.fixture(scope="session")
-def findings(pytestconfig: pytest.Config) -> Iterator[list[matrix.Finding]]:
+def record(pytestconfig: pytest.Config) -> Callable[[matrix.Finding], None]:
+    """Keeps a finding in the file that `--readers-json` names, at once: an interrupted run leaves what it had."""
     rows: list[matrix.Finding] = []
-    yield rows
-    if path := pytestconfig.getoption("--readers-json"):
-        matrix.save(path, rows)
+
+    def keep(found: matrix.Finding) -> None:
+        rows.append(found)
+        if path := pytestconfig.getoption("--readers-json"):
+            matrix.save(path, rows)
+
+    return keep
 
 
-def test_the_reader_agrees_with_the_source(cell: Cell, workshop: Workshop, findings: list[matrix.Finding]) -> None:
+def test_the_reader_agrees_with_the_source(
+    cell: Cell, workshop: Workshop, record: Callable[[matrix.Finding], None]
+) -> None:
     if cell.form:
         differences = workshop.differences(cell)
         if cell.stands_in:
-            findings.append(matrix.finding_of_values(cell, differences))
+            record(matrix.finding_of_values(cell, differences))
         assert differences == [], "what --quantize writes is not what was published"
     if cell.stands_in:
         return
     report = workshop.report(cell)
-    findings.append(matrix.finding(cell, report))
+    record(matrix.finding(cell, report))
     if cell.limit is None:
         assert matrix.faults(report) == []
         return
