@@ -57,7 +57,7 @@ def publish(plain: Path, published: Path, form: str) -> None:
         else:
             files[name] = tensor.bfloat16()
             values[name] = files[name].float()
-    published.mkdir()
+    published.mkdir(parents=True)
     _save(values, plain)
     _save(files, published)
     config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
