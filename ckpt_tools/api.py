@@ -437,6 +437,13 @@ def list_families() -> list[FamilyReport]:
 
 def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     """`checkpoint` under a config that says the same otherwise: with tied weights, or with one tensor for each name."""
+    if config == checkpoint.config:
+        return checkpoint
+    if checkpoint.layout.is_identity:
+        raise UsageError(
+            "--for asks for other tensor names, and the identity family keeps all names",
+            hint="leave --family out, or --for",
+        )
     tied = config.get("tie_word_embeddings", True)
     return replace(checkpoint if tied else checkpoint.untied(), config=config)
 

@@ -61,14 +61,17 @@ def _has_mlp_bias(config: Config) -> bool:
     return bool(config.get("mlp_bias"))
 
 
+def _derived_head_dim(config: Config) -> int:
+    return int((config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1))
+
+
 def _has_own_head_dim(config: Config) -> bool:
-    derived = config["hidden_size"] // config["num_attention_heads"]
-    return bool((config.get("head_dim") or derived) != derived)
+    return (config.get("head_dim") or _derived_head_dim(config)) != _derived_head_dim(config)
 
 
 def _has_narrow_heads(config: Config) -> bool:
-    derived = config["hidden_size"] // config["num_attention_heads"]
-    return bool(config["num_key_value_heads"] * (config.get("head_dim") or derived) % 128)
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 1
+    return bool(heads * (config.get("head_dim") or _derived_head_dim(config)) % 128)
 
 
 LIMITS = (

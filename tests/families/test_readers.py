@@ -82,6 +82,12 @@ def test_the_head_is_untied_for_a_reader_that_ignores_the_tie(tmp_path: Path, qu
     assert "lm_head.weight" not in tensor_bytes(plain)
 
 
+def test_names_that_are_to_be_kept_are_not_changed_for_a_reader(tmp_path: Path) -> None:
+    source = make_repository(tmp_path / "source", "qwen3_moe", tie_word_embeddings=True, mlp_only_layers=[])
+    with pytest.raises(UsageError, match="keeps all names"):
+        consolidate(source, tmp_path / "out", readers="sglang", family="identity")
+
+
 def test_nothing_is_written_when_a_reader_cannot_be_served(tmp_path: Path) -> None:
     source = make_repository(tmp_path / "source", "qwen3_moe")
     convert(source, tmp_path / "native")
