@@ -52,7 +52,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     forward_batch: ForwardBatch,
-    _save_kv_cache: bool = True,
+    save_kv_cache: bool = True,  # noqa: ARG001 - nothing is cached
     *,
     sinks: torch.Tensor | None = None,
     **others: object,
