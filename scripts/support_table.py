@@ -67,11 +67,12 @@ def _cell(found: Cells, notes: list[str]) -> str:
         return "not run"
     first = found[0]
     if first["limit"]:
-        return "reader's limit" + _footnote(f"{first['limit']}, in the stock checkpoint too", notes)
+        remedy = f"; {first['note']}" if first["note"] else ""
+        return "reader's limit" + _footnote(f"{first['limit']}, in the stock checkpoint too{remedy}", notes)
     if not all(cell["passed"] for cell in found):
         return "**differs**"
     if first["proof"] == "values":
-        return "✓ values" + _footnote(f"{first['note']}: its files equal the published ones byte for byte", notes)
+        return "✓ values" + _footnote(f"{first['note']}: ours equal the published files byte for byte", notes)
     worst = max(cell["max_abs_logprob_difference"] for cell in found)
     return (f"✓ {worst:.0e}" if worst else "✓ exact") + _footnote(first["note"], notes)
 

@@ -53,13 +53,19 @@ def test_a_cell_whose_files_only_were_compared_says_so_and_why() -> None:
     table = support_table.render({"cells": [cell("vllm"), cell("vllm", case="mixtral", note="no kernel", **files)]})
     assert "| checkpoint | vLLM 1.2 |" in table
     assert "| Mixtral | ✓ values (1) |" in table
-    assert "1. no kernel: its files equal the published ones byte for byte." in table
+    assert "1. no kernel: ours equal the published files byte for byte." in table
 
 
 def test_a_cell_that_needs_an_option_says_so() -> None:
     table = support_table.render({"cells": [cell("vllm", note="with `a`: b"), cell("sglang")]})
     assert "| Qwen3-MoE | ✓ 3e-06 (1) | ✓ 3e-06 |" in table
     assert "1. With `a`: b." in table
+
+
+def test_a_limit_that_for_avoids_says_so() -> None:
+    limited = cell("sglang", passed=False, limit="SGLang ignores it", note="`--for sglang` writes one that it reads")
+    table = support_table.render({"cells": [limited]})
+    assert "1. SGLang ignores it, in the stock checkpoint too; `--for sglang` writes one that it reads." in table
 
 
 @pytest.mark.parametrize(("change", "code"), [("", 0), ("edited by hand\n", 1)])

@@ -66,6 +66,14 @@ class Cell:
         return None if self.limit else NO_KERNEL.get((self.reader, self.form))
 
     @property
+    def note(self) -> str | None:
+        """What has to be said with the reader's answers."""
+        if self.limit:
+            remedied = self.refusal is not None and self.refusal.instead is not None
+            return f"`--for {self.reader}` writes one that it reads" if remedied else None
+        return OPTIONS.get((self.reader, self.case), (None, None))[1]
+
+    @property
     def options(self) -> dict[str, Any]:
         return OPTIONS.get((self.reader, self.case), ({}, ""))[0]
 
@@ -232,7 +240,7 @@ def finding(cell: Cell, report: dict[str, Any]) -> Finding:
         max_abs_logprob_difference=None if difference is None or cell.limit else float(f"{difference:.1e}"),
         passed=agrees(report) and cell.limit is None,
         limit=cell.limit,
-        note=None if cell.limit else OPTIONS.get((cell.reader, cell.case), (None, None))[1],
+        note=cell.note,
     )
 
 
