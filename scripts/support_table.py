@@ -72,7 +72,7 @@ def _cell(found: Cells, notes: list[str]) -> str:
     if not all(cell["passed"] for cell in found):
         return "**differs**"
     if first["proof"] == "values":
-        return "✓ values" + _footnote(f"{first['note']}: ours equal the published files byte for byte", notes)
+        return "✓ values" + _footnote(f"{first['note']}: ours equal the source's files byte for byte", notes)
     worst = max(cell["max_abs_logprob_difference"] for cell in found)
     return (f"✓ {worst:.0e}" if worst else "✓ exact") + _footnote(first["note"], notes)
 

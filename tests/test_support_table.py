@@ -53,7 +53,7 @@ def test_a_cell_whose_files_only_were_compared_says_so_and_why() -> None:
     table = support_table.render({"cells": [cell("vllm"), cell("vllm", case="mixtral", note="no kernel", **files)]})
     assert "| checkpoint | vLLM 1.2 |" in table
     assert "| Mixtral | ✓ values (1) |" in table
-    assert "1. no kernel: ours equal the published files byte for byte." in table
+    assert "1. no kernel: ours equal the source's files byte for byte." in table
 
 
 def test_a_cell_that_needs_an_option_says_so() -> None:
