@@ -128,6 +128,12 @@ def _load_by_parts(
         with torch.device("meta"), _ScalarsKeepTheirValue():
             model = request.loader.from_config(config, dtype=dtype, **request.options())
         checkpoint = open_checkpoint(location.root)
+        if checkpoint.is_encoded:
+            # Its config makes transformers quantise the model, too.
+            raise LayoutError(
+                f"{checkpoint.root} is quantised ({checkpoint.layout.form})",
+                hint="`ckpt convert --dequantize` makes a native checkpoint of it that loads by parts",
+            )
         _shard(model, mesh)
         load_parameters(model, checkpoint, device=device)
     except LayoutError as error:

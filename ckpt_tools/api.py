@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, UsageError
@@ -29,6 +31,7 @@ from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_nativ
 from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
 from ckpt_tools.families import FAMILIES, get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
+from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
@@ -200,6 +203,7 @@ def consolidate(
     source: str | Path,
     destination: str | Path,
     *,
+    readers: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
     family: str | None = None,
@@ -218,6 +222,8 @@ def consolidate(
     Args:
         source: directory of the checkpoint.
         destination: directory to make.
+        readers: such as `vllm,sglang`: write what all of these accept, or refuse with the reason; None changes no
+            tensor names and no values of config fields for any reader's sake.
         dtype: cast floating-point tensors; None keeps every dtype.
         quantize: `fp8` (blocks of 128x128), `fp8-channel` (a scale a row, compressed-tensors) or `mxfp4`, where the
             family is published in that form; None writes plain tensors.
@@ -232,6 +238,8 @@ def consolidate(
     started = time.perf_counter()
     resolved = resolve_source(str(source))
     checkpoint = open_checkpoint(resolved.path, family=family, form=quantize or "")
+    if readers is not None:
+        checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
     target = _target_layout(checkpoint, quantize)
     plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
     options = _options(overwrite, threads, memory, progress)
@@ -337,6 +345,7 @@ def plan(
     dtype: str | None = None,
     dequantize: bool = False,
     quantize: str | None = None,
+    readers: str | None = None,
     family: str | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
@@ -353,6 +362,7 @@ def plan(
         dtype: as for both.
         dequantize: as for `convert`.
         quantize: as for `consolidate`.
+        readers: as for `consolidate`.
         family: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
@@ -366,6 +376,7 @@ def plan(
         return consolidate(
             path,
             "",
+            readers=readers,
             dtype=dtype,
             quantize=quantize,
             family=family,
@@ -436,6 +447,19 @@ def list_families() -> list[FamilyReport]:
         )
         for family in map(get_family, FAMILIES)
     ]
+
+
+def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """`checkpoint` under a config that says the same otherwise: with tied weights, or with one tensor for each name."""
+    if config == checkpoint.config:
+        return checkpoint
+    if checkpoint.layout.is_identity:
+        raise UsageError(
+            "--for asks for other tensor names, and the identity family keeps all names",
+            hint="leave --family out, or --for",
+        )
+    tied = config.get("tie_word_embeddings", True)
+    return replace(checkpoint if tied else checkpoint.untied(), config=config)
 
 
 def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readers.cases import CASES
+from tests.readers.matrix import ALL_CASES
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "support_table.py"
 spec = importlib.util.spec_from_file_location("support_table", SCRIPT)
@@ -20,11 +20,11 @@ spec.loader.exec_module(support_table)
 
 def cell(reader: str, **changes: object) -> dict[str, object]:
     plain = {"reader": reader, "version": "1.2", "writer": "transformers5", "case": "qwen3_moe", "limit": None}
-    return plain | {"max_abs_logprob_difference": 3.2e-6, "passed": True} | changes
+    return plain | {"max_abs_logprob_difference": 3.2e-6, "passed": True, "proof": "logits", "note": None} | changes
 
 
 def test_every_case_of_the_matrix_has_a_row_and_every_row_a_case() -> None:
-    assert set(support_table.CASES) == set(CASES)
+    assert set(support_table.CASES) == set(ALL_CASES)
 
 
 def test_a_cell_shows_the_worst_difference_of_both_writers() -> None:
@@ -46,6 +46,26 @@ def test_a_limit_is_footnoted_and_an_unrun_cell_says_so() -> None:
     assert "| Qwen3-MoE | reader's limit (1) |" in table
     assert "1. SGLang ignores it, in the stock checkpoint too." in table
     assert "| Mixtral | not run |" in table
+
+
+def test_a_cell_whose_files_only_were_compared_says_so_and_why() -> None:
+    files = {"proof": "values", "version": None, "max_abs_logprob_difference": None}
+    table = support_table.render({"cells": [cell("vllm"), cell("vllm", case="mixtral", note="no kernel", **files)]})
+    assert "| checkpoint | vLLM 1.2 |" in table
+    assert "| Mixtral | ✓ values (1) |" in table
+    assert "1. no kernel: ours equal the source's files byte for byte." in table
+
+
+def test_a_cell_that_needs_an_option_says_so() -> None:
+    table = support_table.render({"cells": [cell("vllm", note="with `a`: b"), cell("sglang")]})
+    assert "| Qwen3-MoE | ✓ 3e-06 (1) | ✓ 3e-06 |" in table
+    assert "1. With `a`: b." in table
+
+
+def test_a_limit_that_for_avoids_says_so() -> None:
+    limited = cell("sglang", passed=False, limit="SGLang ignores it", note="`--for sglang` writes one that it reads")
+    table = support_table.render({"cells": [limited]})
+    assert "1. SGLang ignores it, in the stock checkpoint too; `--for sglang` writes one that it reads." in table
 
 
 @pytest.mark.parametrize(("change", "code"), [("", 0), ("edited by hand\n", 1)])

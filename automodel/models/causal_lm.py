@@ -254,6 +254,8 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
 
 def fresh_constant(owner: nn.Module, name: str) -> float | None:
     """What a parameter of `owner` holds before training, None where its values are random; as transformers has it."""
+    if isinstance(owner, StateSpace):
+        return None
     if isinstance(owner, (RMSNorm, GatedRMSNorm, GatedGroupNorm)):
         return 0.0 if getattr(owner, "zero_centred", False) else 1.0
     if isinstance(owner, Decay) and name == "dt_bias":

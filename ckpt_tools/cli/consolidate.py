@@ -9,12 +9,14 @@ EXAMPLES = (
     "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
+    "ckpt consolidate ./native ./published --for vllm,sglang",
 )
 
 
 def consolidate(
     source: options.Checkpoint,
     destination: options.Destination,
+    readers: options.Readers = None,
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     family: options.Family = None,
@@ -39,6 +41,7 @@ def consolidate(
         report = api.consolidate(
             source,
             destination,
+            readers=readers,
             dtype=dtype,
             quantize=quantize.value if quantize else None,
             family=family,

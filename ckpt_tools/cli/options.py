@@ -46,6 +46,14 @@ def complete_mesh(incomplete: str) -> list[str]:
     return [f"{done}{comma}{axis}=" for axis in AXES if axis.startswith(last) and f"{axis}=" not in done]
 
 
+def complete_readers(incomplete: str) -> list[str]:
+    """The readers so far with each one that is not named yet."""
+    from ckpt_tools.families.readers import READERS
+
+    done, comma, last = incomplete.rpartition(",")
+    return [f"{done}{comma}{name}" for name in READERS if name.startswith(last) and name not in done.split(",")]
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -91,6 +99,16 @@ Dequantize = Annotated[
 Quantize = Annotated[
     QuantizedForm | None,
     typer.Option("--quantize", help="Write a quantised form that the family is published in. Example: mxfp4."),
+]
+Readers = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="READERS",
+        help="Write what all of these readers accept, or refuse with the reason. Default: keep every name and field. "
+        "Example: --for transformers4,vllm,sglang",
+        autocompletion=complete_readers,
+    ),
 ]
 Family = Annotated[
     str | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Checkpoint:
         manifest: its `ckpt-manifest.json`, or None.
         duplicates: tied names that the files hold although the config shares them, with the name they share.
         dropped: names left out because they hold no weights, with the reason.
+        shared: leaves that have no tensor of their own, with the leaf whose values they have.
     """
 
     root: Path
@@ -48,6 +49,7 @@ class Checkpoint:
     manifest: Manifest | None = None
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digests(self) -> Mapping[str, str] | None:
@@ -66,22 +68,37 @@ class Checkpoint:
         Raises:
             LayoutError: an element of a leaf is missing or stored twice.
         """
-        found = leaf_ends(self.store, self.layout, self.side)
+        own = dict.fromkeys(name for name in self.layout.leaves if name not in self.shared)
+        found = leaf_ends(self.store, self.layout, self.side, own)
         for name, end in found.items():
             _, items = addressable(end.dtype, self.layout.leaves[name].numel)
             prove_end(name, end, items, str(self.root))
-        return found
+        return found | {name: found[other] for name, other in self.shared.items()}
+
+    def untied(self) -> Checkpoint:
+        """This checkpoint with a leaf for each of two tied names, as a model that does not tie them has."""
+        leaves = self.layout.leaves
+        both = {name: replace(leaves[other], name=name) for name, other in self.layout.tied.items()}
+        return replace(
+            self, layout=replace(self.layout, leaves={**leaves, **both}, tied={}), shared=dict(self.layout.tied)
+        )
 
     def leaf_dtypes(self) -> dict[str, DType]:
         """Dtype of the values of every leaf."""
-        tensors = self.store.tensors
+        tensors, leaves = self.store.tensors, self.layout.leaves.values()
         if self.side == "hf":
-            return {name: VALUES if leaf.encoding else tensors[name].dtype for name, leaf in self.layout.leaves.items()}
-        return {
-            piece.leaf: tensor.dtype
-            for name, tensor in tensors.items()
-            for piece in self.layout.native[name].view.pieces
-        }
+            found = {
+                leaf.name: VALUES if leaf.encoding else tensors[leaf.name].dtype
+                for leaf in leaves
+                if leaf.name not in self.shared
+            }
+        else:
+            found = {
+                piece.leaf: tensor.dtype
+                for name, tensor in tensors.items()
+                for piece in self.layout.native[name].view.pieces
+            }
+        return found | {name: found[other] for name, other in self.shared.items()}
 
 
 def open_checkpoint(path: Path, *, family: str | None = None, form: str | None = None) -> Checkpoint:

@@ -64,13 +64,8 @@ def model_layout(checkpoint: Checkpoint, names: Collection[str]) -> Layout:
 
     Raises:
         LayoutError: the model has parameters that the checkpoint does not fill, or the other way round, optional
-            layers excepted; or the checkpoint is quantised.
+            layers excepted.
     """
-    if checkpoint.is_encoded:
-        raise LayoutError(
-            f"{checkpoint.root} is quantised ({checkpoint.layout.form}); parameters are read from plain tensors",
-            hint="`ckpt convert --dequantize` makes a native checkpoint of it that can be loaded",
-        )
     layout = checkpoint.layout
     if not layout.is_identity:
         layout = get_family(layout.family).layout(checkpoint.config, form=layout.form, names=names).of_names(names)

@@ -121,6 +121,8 @@ def compare(
         LayoutError: names or dtypes differ.
         MismatchError: values differ; the tensors are listed with the first element that does.
     """
+    if checkpoint.layout.tied.keys() != other.layout.tied.keys():
+        checkpoint, other = checkpoint.untied(), other.untied()
     copies, theirs = _pairs(checkpoint, other)
     different: dict[str, list[tuple[int, int]]] = {}
     lock = threading.Lock()

@@ -184,8 +184,9 @@ class Family:
         if form.plain_modules is not None and (
             form.plain_modules not in found or encoded & {*found[form.plain_modules]}
         ):
-            plain = [leaf.name for leaf in layout.leaves.values() if leaf.encoding is None and len(leaf.shape) > 1]
-            found[form.plain_modules] = [name.removesuffix(".weight") for name in (*plain, *layout.tied)]
+            leaves = (leaf.name for leaf in layout.leaves.values() if leaf.encoding is None)
+            plain = [name for name in (*leaves, *layout.tied) if name.endswith(".weight")]
+            found[form.plain_modules] = [name.removesuffix(".weight") for name in plain]
         return found
 
     def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:

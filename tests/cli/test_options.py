@@ -8,7 +8,7 @@ import ckpt_tools.api
 from ckpt_tools.cli.reference import Parameter, Verb, verbs
 from tests.cli.conftest import Run
 
-SPELLED_OTHERWISE = {"format": "file_format"}
+SPELLED_OTHERWISE = {"for": "readers", "format": "file_format"}
 ABOUT_OUTPUT = {"--json", "--quiet"}
 
 

@@ -44,6 +44,17 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(
     assert listing(tmp_path) == set()
 
 
+@pytest.mark.parametrize("verb", ["consolidate", "plan"])
+def test_a_reader_that_cannot_be_served_is_refused_with_the_reason(
+    ckpt: Run, native: Path, tmp_path: Path, verb: str
+) -> None:
+    where = ("--to", "hf") if verb == "plan" else (tmp_path / "out",)
+    refused = ckpt(verb, native, *where, "--for", "vllm,sglang")
+    assert refused.code == 2
+    assert "sglang: SGLang ignores `mlp_only_layers` and `decoder_sparse_step`" in refused.stderr
+    assert ckpt(verb, native, *where, "--for", "transformers4,transformers5,vllm").code == 0
+
+
 def test_casting_is_counted(ckpt: Run, repository: Path, tmp_path: Path) -> None:
     ran = ckpt("convert", repository, tmp_path / "out", "--dtype", "fp32", "--json")
     assert ran.json["casts"] == ran.json["tensors"] == 56

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from ckpt_tools import consolidate, convert, inspect, plan, roundtrip, verify
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, ResourceError, UsageError
-from ckpt_tools.engine.checkpoint import open_checkpoint
-from ckpt_tools.engine.memory import model_layout
 from ckpt_tools.families import get_family
 from tests.checkpoints import CONFIGS, tensor_bytes, write_repository
 from tests.quantised import ALL_FORMS, E2M1, FORMS, as_bf16, decoded, fp8_reference, make_quantised
@@ -149,13 +147,6 @@ def test_a_plain_source_can_be_published_in_fp8_with_its_plain_modules_named(tmp
     assert "model.layers.0.self_attn.q_proj" not in plain
     verify(tmp_path / "fp8")
     assert inspect(tmp_path / "fp8").family == "qwen3_moe"
-
-
-def test_a_model_is_not_loaded_from_quantised_tensors(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make_quantised(tmp_path / "source", "minimax_m2"))
-    with pytest.raises(LayoutError, match="quantised") as caught:
-        model_layout(checkpoint, checkpoint.layout.native.keys())
-    assert "--dequantize" in (caught.value.hint or "")
 
 
 def test_an_unknown_form_names_the_known_ones(tmp_path: Path) -> None:

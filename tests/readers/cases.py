@@ -63,6 +63,41 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 32,
+}
+DEEPSEEK_V3 = ATTENTION | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+GPT_OSS = ATTENTION | {
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN3_MOE},
     "qwen3_moe-tied": {"model_type": "qwen3_moe", **QWEN3_MOE, "tie_word_embeddings": True},
@@ -85,34 +120,14 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_scaling": LLAMA3_ROPE,
     },
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        **ATTENTION,
-        "num_hidden_layers": 2,
-        "intermediate_size": 96,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-    },
-    "deepseek_v3": {
+    "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
+    "deepseek_v3": {"model_type": "deepseek_v3", **DEEPSEEK_V3, "rope_scaling": DEEPSEEK_YARN},
+    "deepseek_v3-moonlight": {
         "model_type": "deepseek_v3",
-        **ATTENTION,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
+        **DEEPSEEK_V3,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "n_shared_experts": 2,
     },
     "nemotron_h": {"model_type": "nemotron_h", **NEMOTRON_H, "hybrid_override_pattern": "M-M*-"},
     "nemotron_h-moe": {"model_type": "nemotron_h", **NEMOTRON_H_MOE},
@@ -167,29 +182,81 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "llama-biases": {"model_type": "llama", **HEADS_SHARE_HIDDEN, "attention_bias": True, "mlp_bias": True},
+    "mixtral-head_dim": {"model_type": "mixtral", **DENSE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe-fp8": {
+        "model_type": "qwen3_moe",
+        **QWEN3_MOE,
+        "hidden_size": 256,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 128,
+        "initializer_range": 0.05,
+    },
+    "qwen3_moe-fp8-narrow": {"model_type": "qwen3_moe", **QWEN3_MOE},
+    "deepseek_v3-fp8": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK_V3,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "rope_scaling": DEEPSEEK_YARN,
+        "initializer_range": 0.05,
+    },
+    "gpt_oss-mxfp4": {"model_type": "gpt_oss", **GPT_OSS},
 }
+
+FORMS: dict[str, str] = {
+    "qwen3_moe-fp8": "fp8",
+    "qwen3_moe-fp8-narrow": "fp8",
+    "deepseek_v3-fp8": "fp8",
+    "gpt_oss-mxfp4": "mxfp4",
+}
+"""Cases whose source is a quantised repository; readers see what `--quantize` writes of it."""
+
+EXPORTS: dict[str, str] = {f"{case}-export": case for case in ("qwen3_moe-fp8", "deepseek_v3-fp8", "gpt_oss-mxfp4")}
+"""Cases that are the dequantised export of a quantised one."""
 
 LIMITS: dict[tuple[str, str], str] = {
-    ("sglang", "qwen3_moe-dense_layers"): "SGLang ignores `mlp_only_layers` and `decoder_sparse_step`",
-    ("sglang", "qwen3_moe-tied"): "SGLang's Qwen3-MoE ignores `tie_word_embeddings`",
-    ("sglang", "llama-biases"): "SGLang's Llama ignores `mlp_bias`",
+    ("transformers5", "deepseek_v3-fp8"): "transformers 5 dequantises FP8 in blocks of rows // scale rows, not of 128",
 }
-"""(reader, case) -> why the reader gives wrong logits for it, from the stock checkpoint just as from ours."""
+"""(reader, case) -> what a reader gets wrong here, from the stock checkpoint just as from ours, beside the limits that
+`ckpt consolidate --for` knows (ckpt_tools/families/readers.py): this one concerns machines without a GPU only."""
 
-NEMOTRON_CASES = ("nemotron_h", "nemotron_h-moe", "nemotron_h-latent_moe")
 NOT_RUN: dict[tuple[str, str], str] = {
-    **{("transformers4", case): "it has no such class" for case in NEMOTRON_CASES},
-    **{("sglang", case): "its CPU build has no Mamba-2 scan and no experts without a gate" for case in NEMOTRON_CASES},
+    **{("transformers4", case): "it has no such class" for case in CASES if case.startswith("nemotron_h")},
     ("transformers4", "minimax_m2"): "it has no MiniMax-M2",
-    ("sglang", "gpt_oss"): "its CPU build has no attention with sinks",
+    ("transformers4", "qwen3_5_moe"): "transformers 4 has no Qwen3.5",
     ("sglang", "minimax_m2"): "its q/k norms over all heads are CUDA kernels",
     ("sglang", "llama4_text"): "its q/k norms are in BF16, and its CPU experts do not take Llama 4's routing",
-    ("sglang", "deepseek_v3"): "its CPU build has no latent attention",
-    ("transformers4", "qwen3_5_moe"): "transformers 4 has no Qwen3.5",
     ("sglang", "qwen3_next"): "its CPU build has no gated DeltaNet",
     ("sglang", "qwen3_5_moe"): "it has a class for the multimodal model only, and its CPU build no gated DeltaNet",
     ("vllm", "qwen3_next"): "its CPU kernel of gated DeltaNet takes BF16 only; the matrix compares in FP32",
     ("vllm", "qwen3_5_moe"): "its CPU kernel of gated DeltaNet takes BF16 only; the matrix compares in FP32",
-    ("vllm", "deepseek_v3"): "its answers for this tiny config differ from transformers'; why is not known yet",
 }
 """(reader, case) that is not asked, nor made where the reader is a writer too, and why."""
+
+NO_KERNEL: dict[tuple[str, str], str] = {
+    ("transformers4", "fp8"): "transformers 4 needs a GPU for FP8",
+    ("vllm", "fp8"): "vLLM's CPU build has FP8 kernels for AMX only",
+    ("vllm", "mxfp4"): "vLLM's CPU build has no MXFP4 experts",
+    ("sglang", "fp8"): "SGLang's CPU path has FP8 linears for AMX only",
+    ("sglang", "mxfp4"): "SGLang's MXFP4 experts need triton_kernels",
+}
+"""(reader, form) that cannot compute on a CPU without AMX: the files are compared with the published ones instead."""
+
+OPTIONS: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
+    ("vllm", "deepseek_v3-moonlight"): (
+        {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        "with `custom_ops: [-rotary_embedding]`: vLLM's CPU kernel misreads DeepSeek's RoPE without YaRN",
+    ),
+    **{
+        ("transformers5", case): (
+            {"dtype": "bfloat16"},
+            "with `dtype=bfloat16`: transformers 5 otherwise leaves unrounded what it dequantises",
+        )
+        for case in ("qwen3_moe-fp8", "qwen3_moe-fp8-narrow")
+    },
+    ("sglang", "qwen3_moe-fp8-narrow"): ({"--dtype": "bfloat16"}, "with `--dtype bfloat16`: FP8 asks for it"),
+}
+"""(reader, case) -> the reader's own options that the case needs, and why; without them it does not pass."""

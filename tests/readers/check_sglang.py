@@ -1,20 +1,24 @@
 """Load a checkpoint with SGLang's real loader, model classes and ModelRunner on a CPU, and compare it with a reference.
 
 Usage: python check_sglang.py CHECKPOINT REFERENCE; prints one JSON line. Server arguments, weight loader, model code,
-KV cache, torch-native attention and native expert computation are SGLang's own; see sglang_stubs.py for what is not.
+KV cache, torch-native attention and native expert computation are SGLang's own; sglang_stubs.py and sglang_torch.py
+say what is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from array import array
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sglang_stubs
+import sglang_torch
 import torch
 from reader_check import Reference, Report, log_softmax, max_difference, run, tokenizer_agrees
 from sglang.benchmark import one_batch
@@ -38,17 +42,21 @@ PREFIXES = 6
 """How many prompt lengths are checked: each is one prefill, compared at its last position."""
 
 
-def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
-    runner = _model_runner(checkpoint)
+def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    replaced = sglang_torch.install(config["model_type"])
+    runner = _model_runner(checkpoint, options)
     length = reference.input_ids.shape[1]
     want = reference.log_probabilities()
     compared = []
     for cut in sorted({int(cut) for cut in np.linspace(1, length, PREFIXES)}):
         next_tokens, logits, batch = runner.extend(_requests(reference.input_ids[:, :cut]))
         compared.append((log_softmax(logits.float().numpy()), want[:, cut - 1]))
-        if cut == length:
+        if cut == length and not replaced:
             greedy = _decode(runner, next_tokens, batch, reference.greedy.shape[1])
         runner.clear()
+    if replaced:
+        greedy = _prefill(runner, reference.input_ids, reference.greedy.shape[1])
     if sglang_stubs.CALLS:
         raise RuntimeError(f"the result went through stubs: {sorted(set(sglang_stubs.CALLS))}")
     return replace(
@@ -61,10 +69,11 @@ def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
     )
 
 
-def _model_runner(checkpoint: Path) -> one_batch._TorchBenchRunner:
+def _model_runner(checkpoint: Path, options: dict[str, Any]) -> one_batch._TorchBenchRunner:
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    flags = [part for flag, value in FLAGS.items() for part in ([flag] if value is None else [flag, value])]
+    chosen = FLAGS | options
+    flags = [part for flag, value in chosen.items() for part in ([flag] if value is None else [flag, value])]
     server = ServerArgs.from_cli_args(parser.parse_args(["--model-path", str(checkpoint), *flags]))
     server.resolve_once()
     one_batch._set_envs_and_config(server)
@@ -101,6 +110,16 @@ def _decode(
         following, _ = runner.decode(tokens[-1], batch)
         tokens.append(torch.as_tensor(following))
     return torch.stack(tokens, dim=1).tolist()
+
+
+def _prefill(runner: one_batch._TorchBenchRunner, prompts: np.ndarray, count: int) -> list[list[int]]:
+    """Greedy tokens, each by a prefill of all that is before it."""
+    tokens = prompts
+    for _ in range(count):
+        following, _, _ = runner.extend(_requests(tokens))
+        tokens = np.concatenate([tokens, torch.as_tensor(following).numpy()[:, None]], axis=1)
+        runner.clear()
+    return tokens[:, prompts.shape[1] :].tolist()
 
 
 if __name__ == "__main__":

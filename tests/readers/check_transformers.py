@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ import transformers
 from reader_check import Reference, Report, log_softmax, max_difference, run, tokenizer_agrees
 
 
-def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
+def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        checkpoint, **{"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True, **options}
     )
-    model.eval()
+    model.float().eval()
     prompts = torch.from_numpy(reference.input_ids)
     with torch.no_grad():
         logits = model(prompts).logits.float().numpy()

@@ -1,7 +1,7 @@
 """Load a checkpoint with vLLM's CPU build; compare full-vocabulary log-probabilities and greedy tokens.
 
-Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32, in this process, unmodified
-but for the router of its CPU build: see `OneGroup`.
+Usage: python check_vllm.py CHECKPOINT REFERENCE; prints one JSON line. vLLM runs in FP32 in this process, unmodified
+but for what vllm_torch.py says.
 """
 
 from __future__ import annotations
@@ -21,29 +21,23 @@ os.environ.update(
     VLLM_USE_AOT_COMPILE="0",
 )
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import vllm
+import vllm_torch
 from reader_check import Reference, Report, max_difference, run, tokenizer_agrees
-from vllm.model_executor.layers.fused_moe.router import cpu_router, router_factory
 
 
-class OneGroup(cpu_router.CPURouter):
-    """vLLM's CPU build takes sigmoid scores (MiniMax-M2) only with groups of experts; one group of all is the same."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        if self.scoring_func == "sigmoid" and not self.use_grouped_topk:
-            self.use_grouped_topk, self.num_expert_group, self.topk_group = True, 1, 1
-
-
-def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
+def check(report: Report, checkpoint: Path, reference: Reference, options: dict[str, Any]) -> Report:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    vllm_torch.install(config["model_type"])
     vocabulary = reference.logits.shape[-1]
-    router_factory.CPURouter = OneGroup
     engine = vllm.LLM(
         model=str(checkpoint),
         dtype="float32",
@@ -56,6 +50,7 @@ def check(report: Report, checkpoint: Path, reference: Reference) -> Report:
         logprobs_mode="raw_logprobs",
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **options,
     )
     sampling = vllm.SamplingParams(
         max_tokens=reference.greedy.shape[1],

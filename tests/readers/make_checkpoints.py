@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from cases import CASES, VOCABULARY
+from cases import CASES, FORMS, VOCABULARY
+from published_forms import publish
 from reader_check import Reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,27 +40,38 @@ def make(case: str, destination: Path) -> None:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         _randomise(model)
+        if form := FORMS.get(case):
+            model = _published(model, form, destination / case)
         if reference := _reference(model, tokenizer):
             break
     else:
         raise RuntimeError(f"{case}: no seed gave greedy tokens with a lead of {CLEAR_LEAD}")
-    model.save_pretrained(destination / case)
+    if case not in FORMS:
+        model.save_pretrained(destination / case)
     _save_tokenizer(tokenizer, destination / case)
     reference.save(destination / f"{case}.reference.safetensors")
 
 
+def _published(model: transformers.PreTrainedModel, form: str, destination: Path) -> transformers.PreTrainedModel:
+    """Publish a model in a quantised form; what is returned has the values that were published."""
+    shutil.rmtree(destination, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as plain:
+        model.save_pretrained(plain)
+        publish(Path(plain), destination, form)
+        return type(model).from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
+
+
 def _randomise(model: transformers.PreTrainedModel) -> None:
-    """Give norms and biases, buffers of routing among them, which start as ones and zeros, values of their own."""
+    """Give norms and biases, which start as ones and zeros, values of their own; routers' correction biases, too."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            elif parameter.ndim == 1:
+                tensor.normal_(std=0.3)
+            elif tensor.ndim == 1:
                 # Norms that hold their weight less 1 start as zeros.
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.uniform_(0.0, 0.3)
+                tensor.add_(torch.empty_like(tensor).uniform_(-0.5, 0.5))
+            if name.endswith("sinks"):  # published in BF16, and kept so by SGLang whatever it computes in
+                tensor.copy_(tensor.bfloat16())
 
 
 def _reference(model: transformers.PreTrainedModel, tokenizer: Tokenizer) -> Reference | None:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -93,19 +94,25 @@ def tokenizer_agrees(checkpoint: Path, reference: Reference) -> bool:
     return ids == reference.text_ids
 
 
-def run(blank: Report, check: Callable[[Report, Path, Reference], Report]) -> int:
+Check = Callable[[Report, Path, Reference, dict[str, Any]], Report]
+
+
+def run(blank: Report, check: Check) -> int:
     """Check every CHECKPOINT REFERENCE pair of the command line; one JSON line each on stdout, all else on stderr."""
     parser = argparse.ArgumentParser(description=f"Load checkpoints with {blank.reader}; compare with references.")
     parser.add_argument("pairs", nargs="+", type=Path, metavar="CHECKPOINT REFERENCE")
-    pairs: list[Path] = parser.parse_args().pairs
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: CHECKPOINT -> the reader's own options")
+    arguments = parser.parse_args()
+    pairs: list[Path] = arguments.pairs
     if len(pairs) % 2:
         parser.error("each CHECKPOINT needs its REFERENCE")
     failures = 0
     for checkpoint, reference in zip(pairs[::2], pairs[1::2], strict=True):
         started = replace(blank, checkpoint=str(checkpoint))
+        options = arguments.options.get(str(checkpoint), {})
         with _stdout_to_stderr():
             try:
-                report = check(started, checkpoint, Reference.load(reference))
+                report = check(started, checkpoint, Reference.load(reference), options)
             except Exception as error:  # a reader may refuse a checkpoint in any way: that is the finding
                 traceback.print_exc()
                 report = replace(started, error=f"{type(error).__name__}: {error}".strip())

@@ -5,12 +5,11 @@ Deselected unless `--readers` names readers: `make readers` runs the whole matri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
 from tests.readers import matrix
-from tests.readers.cases import CASES
 from tests.readers.matrix import Cell, Workshop
 
 pytestmark = [pytest.mark.readers, pytest.mark.timeout(900)]
@@ -27,22 +26,47 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
 
 
 @pytest.fixture(scope="session")
-def findings(pytestconfig: pytest.Config) -> Iterator[list[matrix.Finding]]:
+def record(pytestconfig: pytest.Config) -> Callable[[matrix.Finding], None]:
+    """Keeps a finding in the file that `--readers-json` names, at once: an interrupted run leaves what it had."""
     rows: list[matrix.Finding] = []
-    yield rows
-    if path := pytestconfig.getoption("--readers-json"):
-        matrix.save(path, rows)
+
+    def keep(found: matrix.Finding) -> None:
+        rows.append(found)
+        if path := pytestconfig.getoption("--readers-json"):
+            matrix.save(path, rows)
+
+    return keep
 
 
-def test_the_reader_agrees_with_the_source(cell: Cell, workshop: Workshop, findings: list[matrix.Finding]) -> None:
+def test_the_reader_agrees_with_the_source(
+    cell: Cell, workshop: Workshop, record: Callable[[matrix.Finding], None]
+) -> None:
+    if cell.form:
+        differences = workshop.differences(cell)
+        if cell.stands_in:
+            record(matrix.finding_of_values(cell, differences))
+        assert differences == [], "what --quantize writes is not what was published"
+    if cell.stands_in:
+        return
     report = workshop.report(cell)
-    findings.append(matrix.finding(cell, report))
+    record(matrix.finding(cell, report))
     if cell.limit is None:
         assert matrix.faults(report) == []
-    else:
-        (stock,) = workshop.ask([cell], [workshop.source(cell)])
-        assert not matrix.agrees(stock), f"{cell.reader} reads the stock {cell.case}: its entry in LIMITS is wrong"
-        assert not matrix.agrees(report), f"{cell.reader} now reads {cell.case}: remove its entry from LIMITS"
+        return
+    (stock,) = workshop.ask([cell], [workshop.source(cell)])
+    assert not matrix.agrees(stock), f"{cell.reader} reads the stock {cell.case}: its limit is wrong"
+    assert not matrix.agrees(report), f"{cell.reader} now reads {cell.case}: remove its limit"
+    if cell.refusal:
+        assert cell.refusal.error in (report["error"] or ""), "it fails for another reason than its limit says"
+        if cell.refusal.instead:
+            (accepted,) = workshop.ask([cell], [workshop.consolidated_for_its_reader(cell)])
+            assert matrix.faults(accepted) == []
+
+
+def test_the_reader_needs_the_options_that_it_is_given(cell: Cell, workshop: Workshop) -> None:
+    if cell.options:
+        (without,) = workshop.ask([cell], [workshop.consolidated(cell)], with_options=False)
+        assert not matrix.agrees(without), f"{cell.reader} reads {cell.case} without options: remove them"
 
 
 def _readers(config: pytest.Config) -> tuple[str, ...]:
@@ -50,7 +74,7 @@ def _readers(config: pytest.Config) -> tuple[str, ...]:
 
 
 def _cases(config: pytest.Config) -> tuple[str, ...]:
-    return _known(config.getoption("--reader-cases"), tuple(CASES), "case")
+    return _known(config.getoption("--reader-cases"), matrix.ALL_CASES, "case")
 
 
 def _known(names: tuple[str, ...] | None, known: tuple[str, ...], kind: str) -> tuple[str, ...]:

@@ -289,6 +289,9 @@ def test_the_backend_report_tells_what_scans() -> None:
         "experts": 1,
         "norm": 6,
         "linear": 11,
+        "layers": 0,
+        "loss": 1,
+        "hybrid layers": 5,
     }
     assert (rows["mamba"].kernel, rows["mamba"].reason) == ("torch", "the fused kernels do not run on cpu")
 
