@@ -23,6 +23,7 @@ from automodel.kernels.delta_rule import gated_delta_rule
 from automodel.kernels.short_conv import short_conv
 from automodel.models.norms import GatedRMSNorm
 from automodel.models.spec import DecoderSpec, DeltaNetSpec
+from automodel.precision import keep_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,12 @@ class Documents:
     @classmethod
     def of(cls, position_ids_BS: torch.Tensor) -> Documents:
         """A document begins wherever a position does not follow the one before it."""
-        return cls(F.pad(position_ids_BS.diff(dim=-1) != 1, (1, 0)).cumsum(-1))
+        return cls(document_numbers(position_ids_BS))
+
+
+def document_numbers(position_ids_BS: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document in its row, [B, S]; positions restart where one begins."""
+    return F.pad(position_ids_BS.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
 
 
 class Decay(nn.Module):
@@ -56,12 +62,7 @@ class Decay(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(heads, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Decay:
-        exact = {name: parameter.data for name, parameter in self._parameters.items()}
-        super()._apply(fn, recurse)
-        for name, parameter in self._parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.data = exact[name].to(parameter.device)
-        return self
+        return super()._apply(keep_float32(fn), recurse)
 
     def forward(self, a_BSH: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> the logarithm of each token's decay, FP32 and negative."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,6 +11,7 @@ from automodel.backends import Backend
 from automodel.compat import attention_mask_for
 from automodel.models.attention import Attention
 from automodel.models.decoder import Decoder, hidden_norm, is_packed
+from automodel.models.delta_net import document_numbers
 from automodel.models.mamba import Mamba2, RecurrentMask
 from automodel.models.mlp import MoeMLP, PlainMLP
 from automodel.models.spec import AttentionKind, DecoderSpec
@@ -102,7 +102,7 @@ class HybridDecoder(Decoder):
             cache_position=cache_position,
             sliding=False,
         )
-        segment_BS = _documents(position_ids, x_BSD.shape[0]) if packed else None
+        segment_BS = document_numbers(position_ids).expand(x_BSD.shape[0], -1) if packed else None
         recurrent = RecurrentMask(_padding(attention_mask, x_BSD.shape[1]), segment_BS)
         return none | {"full_attention": full, "linear_attention": recurrent}
 
@@ -114,12 +114,6 @@ def mixer(kind: AttentionKind, spec: DecoderSpec, layer: int, backend: Backend) 
     if kind == "moe" and spec.moe is not None:
         return MoeMLP(spec, spec.moe, backend)
     return PlainMLP(spec) if kind == "mlp" else Attention(spec, layer, backend)
-
-
-def _documents(position_ids_BS: torch.Tensor, batch: int) -> torch.Tensor:
-    """The number of each token's document in its row, [B, S]."""
-    begins = F.pad(position_ids_BS.diff(dim=-1) != 1, (1, 0))
-    return begins.cumsum(-1).expand(batch, -1)
 
 
 def _padding(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
