@@ -74,6 +74,8 @@ def make_quantised(
     """
     form = form or FORMS[family]
     config = {**CONFIGS[family], **SIZES[family], **changes}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     # No layout writes a scale for a tensor: those tensors that have one for each row take its place.
     layout = get_family(family).layout(config, form="fp8-channel" if form == "fp8-tensor" else form)
     described = MODELOPT if form == "fp8-tensor" else get_family(family).quantization_config(config, layout)

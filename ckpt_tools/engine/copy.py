@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
@@ -65,10 +66,13 @@ class CopyOptions:
 
 
 def thread_bytes(plan: Plan) -> int:
-    """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large."""
+    """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large, and
+    transposed leaves are held by segments, as they come and as they go."""
+    ends = (end for copy in plan.copies for end in (copy.source, copy.target) if end is not None)
+    plain = PER_THREAD + 3 * SEGMENT if any(end.is_transposed for end in ends) else PER_THREAD
     encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
     items = max(encoded, default=0)
-    return max(PER_THREAD, PER_ENCODED_ITEM * items + SCRATCH) if items else PER_THREAD
+    return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
 
 
 def check_disk(destination: Path, needed: int) -> None:

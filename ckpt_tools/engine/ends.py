@@ -70,6 +70,11 @@ class Plain:
         """Items of the longest row that strided extents break the leaf into; 1 when none is strided."""
         return max((e.leaf_strides[0] for e in self.extents if not e.is_contiguous), default=1)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether windows of it are short runs in its files, the shorter the smaller the window."""
+        return any(extent.is_transposed for extent in self.extents)
+
     def fill(self, window: Window, reader: Reader) -> None:
         """Reads the window's values."""
         gather(self.extents, window, reader)
@@ -115,6 +120,10 @@ class Encoded:
     @property
     def write_step(self) -> int:
         return self.encoding.encode_step(self.shape)
+
+    @property
+    def is_transposed(self) -> bool:
+        return False
 
     def first(self) -> tuple[str, int]:
         """(file, position) where the leaf begins, for ordering reads."""

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from ckpt_tools.core.errors import MismatchError
 from ckpt_tools.core.scratch import scratch
-from ckpt_tools.engine.digest import combine
+from ckpt_tools.engine.digest import SEGMENT, combine
 from ckpt_tools.engine.ends import Digest
 from ckpt_tools.engine.plan import LeafCopy
 from ckpt_tools.engine.transfer import Reader, Window, Writer
@@ -204,9 +204,13 @@ def windows(task: Task, reader: Reader) -> Iterator[Window]:
 
 
 def window_items(copy: LeafCopy) -> int:
-    """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit."""
+    """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit.
+
+    A transposed leaf has a window of a whole segment, which makes its runs in the file long.
+    """
     ends = [end for end in (copy.source, copy.target) if end is not None]
-    items = WINDOW // max(end.itemsize for end in ends)
+    room = SEGMENT if any(end.is_transposed for end in ends) else WINDOW
+    items = room // max(end.itemsize for end in ends)
     block = math.lcm(copy.source.read_step, copy.target.write_step if copy.target else 1)
     if block > 1:
         return max(1, items // block) * block

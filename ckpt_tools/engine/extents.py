@@ -45,6 +45,11 @@ class Extent:
         """One run of neighbouring elements, in the leaf and in the file."""
         return len(self.sizes) == 1 and self.leaf_strides == (1,) and self.file_strides == (1,)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Neighbours in the leaf are not neighbours in the file."""
+        return self.leaf_strides[-1] == 1 and self.file_strides[-1] != 1
+
     def within(self, low: int, high: int, itemsize: int) -> Iterator[Extent]:
         """The parts of the extent whose leaf positions lie in `[low, high)`."""
         for box in cut(self.leaf_start, self.sizes, self.leaf_strides, low, high):

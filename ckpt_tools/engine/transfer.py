@@ -1,20 +1,25 @@
 """Moves one range of a leaf between extents and a buffer: the only code that touches tensor bytes.
 
 Runs that are contiguous on both sides go straight between the file and the buffer. Strided ones pass through a scratch
-array in file order: dense regions with one read or write, sparse ones loop by loop.
+array in file order, which is read or written region by region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Protocol
 
 from ckpt_tools.core.scratch import scratch
-from ckpt_tools.engine.extents import Extent, extent
+from ckpt_tools.engine.extents import Extent
 
 WASTE = 4
-"""A strided region is read whole when that costs at most this many times the bytes that are wanted."""
+"""A small strided region is read whole when that costs at most this many times the bytes that are wanted."""
+SMALL = 1 << 20
+"""Bytes up to which a region is small; memory is bounded by this and `WASTE`, and by the window."""
+_ROWS = 128
 
 
 class Reader(Protocol):
@@ -86,51 +91,78 @@ def _overlap(extents: Iterable[Extent], window: Window) -> Iterator[Extent]:
 
 
 def _gather_strided(part: Extent, window: Window, reader: Reader) -> None:
-    import numpy as np
-
-    reach = _file_reach(part)
-    if reach > WASTE * part.numel:
-        _each_outer(part, window.itemsize, lambda inner: gather((inner,), window, reader))
-        return
-    data = scratch("strided", reach * window.itemsize)
-    reader.read(part.file, part.position, data)
-    items = np.frombuffer(data, _item(window.itemsize))
-    _leaf_view(part, window)[...] = _strided(items, 0, part.sizes, part.file_strides)
+    regions = _Regions.of(part, WASTE if part.numel * window.itemsize <= SMALL else 1)
+    data = scratch("strided", regions.items * window.itemsize)
+    for number, position in enumerate(regions.positions(part.position, window.itemsize)):
+        reader.read(part.file, position, regions.run(data, number, window.itemsize))
+    _transpose(regions.view(data, part, window.itemsize), _leaf_view(part, window))
 
 
 def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
-    import numpy as np
-
-    reach = _file_reach(part)
-    if reach != part.numel:
-        _each_outer(part, window.itemsize, lambda inner: scatter((inner,), window, writer))
-        return
-    data = scratch("strided", reach * window.itemsize)
-    items = np.frombuffer(data, _item(window.itemsize))
-    _strided(items, 0, part.sizes, part.file_strides)[...] = _leaf_view(part, window)
-    writer.write(part.file, part.position, data)
+    regions = _Regions.of(part, 1)
+    data = scratch("strided", regions.items * window.itemsize)
+    _transpose(_leaf_view(part, window), regions.view(data, part, window.itemsize))
+    for number, position in enumerate(regions.positions(part.position, window.itemsize)):
+        writer.write(part.file, position, regions.run(data, number, window.itemsize))
 
 
-def _file_reach(part: Extent) -> int:
-    """Items of the file from the first to the last one of the extent."""
-    return 1 + sum((n - 1) * s for n, s in zip(part.sizes, part.file_strides, strict=True))
+@dataclass(frozen=True, slots=True)
+class _Regions:
+    """The regions of a file that a strided extent touches, each read or written at once, one after another in memory.
+
+    Attributes:
+        loops: (steps, file stride) of the loops that lead from region to region, largest stride first.
+        reach: items of a region, from the first wanted one to the last.
+        strides: of the extent's loops in that memory, in the order of the extent.
+    """
+
+    loops: tuple[tuple[int, int], ...]
+    reach: int
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, part: Extent, waste: int) -> _Regions:
+        """The largest regions of which at least one item in `waste` is wanted."""
+        order = sorted(range(len(part.sizes)), key=lambda loop: -part.file_strides[loop])
+        for outer in range(len(order)):
+            inner = order[outer:]
+            reach = 1 + sum((part.sizes[i] - 1) * part.file_strides[i] for i in inner)
+            if reach <= waste * prod(part.sizes[i] for i in inner):
+                break
+        else:
+            outer, reach = len(order), 1
+        strides, step = list(part.file_strides), reach
+        for loop in reversed(order[:outer]):
+            strides[loop], step = step, step * part.sizes[loop]
+        return cls(tuple((part.sizes[i], part.file_strides[i]) for i in order[:outer]), reach, tuple(strides))
+
+    @property
+    def items(self) -> int:
+        return self.reach * prod(size for size, _ in self.loops)
+
+    def positions(self, first: int, itemsize: int) -> Iterator[int]:
+        """Byte position of each region in the file."""
+        steps = (range(0, size * stride * itemsize, stride * itemsize) for size, stride in self.loops)
+        yield from (first + sum(offsets) for offsets in product(*steps))
+
+    def run(self, data: memoryview, number: int, itemsize: int) -> memoryview:
+        """The bytes of one region."""
+        return data[number * self.reach * itemsize : (number + 1) * self.reach * itemsize]
+
+    def view(self, data: memoryview, part: Extent, itemsize: int):  # type: ignore[no-untyped-def]
+        """The extent's items in the regions, one dimension for each of its loops."""
+        import numpy as np
+
+        return _strided(np.frombuffer(data, _item(itemsize)), 0, part.sizes, self.strides)
 
 
-def _each_outer(part: Extent, itemsize: int, act: Callable[[Extent], None]) -> None:
-    """Calls `act` for each step of the loop with the largest file stride."""
-    outer = max(range(len(part.sizes)), key=lambda i: part.file_strides[i])
-    rest = [i for i in range(len(part.sizes)) if i != outer]
-    for step in range(part.sizes[outer]):
-        act(
-            extent(
-                part.file,
-                part.position + step * part.file_strides[outer] * itemsize,
-                part.leaf_start + step * part.leaf_strides[outer],
-                [part.sizes[i] for i in rest],
-                tuple(part.leaf_strides[i] for i in rest),
-                tuple(part.file_strides[i] for i in rest),
-            )
-        )
+def _transpose(source, target) -> None:  # type: ignore[no-untyped-def]
+    """target[...] = source for views whose memory orders differ."""
+    dim = min(range(target.ndim), key=lambda i: target.strides[i])
+    # Few enough rows of the source at a time for their lines to stay in the cache until all of them was used.
+    for start in range(0, target.shape[dim], _ROWS):
+        part = (slice(None),) * dim + (slice(start, start + _ROWS),)
+        target[part] = source[part]
 
 
 def _leaf_view(part: Extent, window: Window):  # type: ignore[no-untyped-def]

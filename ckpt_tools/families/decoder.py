@@ -142,8 +142,8 @@ def decoder_shape(config: Config, *, tied_default: bool = False, **flags: bool) 
     """
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    if heads % kv_heads:
+    head_dim = config.get("head_dim") or hidden // max(heads, 1)
+    if not heads or heads % kv_heads:
         raise LayoutError(f"config.json: {heads} attention heads do not divide over {kv_heads} key/value heads")
     flags["tied"] = bool(config.get("tie_word_embeddings", tied_default))
     return Shape(

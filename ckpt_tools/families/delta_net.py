@@ -6,6 +6,7 @@ Native projections are grouped by key head (DeltaNet) and by KV head (attention)
 
 from __future__ import annotations
 
+from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.families import decoder
 from ckpt_tools.families.decoder import Config
 from ckpt_tools.layouts.layout import Shape
@@ -39,7 +40,11 @@ def hybrid_shape(config: Config, mlps: tuple[str, ...]) -> Shape:
     mixers = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(mlps))
     ]
+    if len(mixers) != len(mlps):
+        raise LayoutError(f"config.json: layer_types names {len(mixers)} layers, num_hidden_layers is {len(mlps)}")
     key_heads, value_heads = number(config, "linear_num_key_heads"), number(config, "linear_num_value_heads")
+    if not key_heads or value_heads % key_heads:
+        raise LayoutError(f"config.json: {value_heads} value heads do not divide over {key_heads} key heads")
     key_width = key_heads * number(config, "linear_key_head_dim")
     value_dim = number(config, "linear_value_head_dim")
     # Configs of Qwen3-Next do not count the block that the published repositories have.

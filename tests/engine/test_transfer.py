@@ -77,3 +77,29 @@ def test_dense_ranges_hold_the_elements_of_an_extent_and_no_others(case: tuple[E
     expected = sorted(int(o) + 5 for o in offsets.reshape(-1))
     found = sorted(i for low, high in dense_ranges(sparse, itemsize) for i in range(low, high))
     assert found == expected
+
+
+def test_a_transposed_region_is_read_and_written_by_whole_runs() -> None:
+    # [3, 4, 2] in the leaf; in the file [2, 4, 3] with rows of 5: two loops lead to runs of 3.
+    part = Extent("f", 0, 0, (3, 4, 2), (8, 2, 1), (1, 5, 20))
+    leaf = np.arange(24, dtype=np.uint16)
+    calls: list[tuple[int, int]] = []
+
+    class File:
+        data = bytearray(2 * 40)
+
+        def read(self, file: str, position: int, into: memoryview) -> None:  # noqa: ARG002
+            into[:] = self.data[position : position + len(into)]
+
+        def write(self, file: str, position: int, data: memoryview) -> None:  # noqa: ARG002
+            calls.append((position, len(data)))
+            self.data[position : position + len(data)] = data
+
+    file = File()
+    scatter([part], Window(memoryview(leaf).cast("B"), 0, 24, 2), file)
+    assert calls == [(2 * (20 * a + 5 * b), 6) for a in range(2) for b in range(4)]
+    stored = np.frombuffer(file.data, np.uint16).reshape(2, 4, 5)[..., :3]
+    assert np.array_equal(stored, leaf.reshape(3, 4, 2).transpose(2, 1, 0))
+    back = memoryview(bytearray(48))
+    gather([part], Window(back, 0, 24, 2), file)
+    assert np.array_equal(np.frombuffer(back, np.uint16), leaf)

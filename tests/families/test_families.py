@@ -481,3 +481,19 @@ def test_gpt_oss_20b_has_exactly_the_published_names_and_shapes_in_both_forms(ma
     published = json.loads(gzip.decompress((MANIFESTS / f"{manifest}.json.gz").read_bytes()))
     layout = get_family("gpt_oss").layout(config, form=form)
     assert {name: list(shape) for name, shape in layout.shapes("hf").items()} == published
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_next", {"num_hidden_layers": 2}, "layer_types names 3 layers, num_hidden_layers is 2"),
+        ("qwen3_next", {"linear_num_key_heads": 0}, "value heads do not divide over 0 key heads"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "value heads do not divide over 3 key heads"),
+        ("llama", {"num_attention_heads": 0}, "0 attention heads do not divide"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_an_error_in_words(
+    family: str, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(LayoutError, match=words):
+        layout_for({**CONFIGS[family], **changes})
