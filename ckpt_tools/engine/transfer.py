@@ -92,17 +92,25 @@ def _overlap(extents: Iterable[Extent], window: Window) -> Iterator[Extent]:
 
 def _gather_strided(part: Extent, window: Window, reader: Reader) -> None:
     regions = _Regions.of(part, WASTE if part.numel * window.itemsize <= SMALL else 1)
+    if regions.are_runs:
+        for position, start in regions.places(part, window.itemsize):
+            reader.read(part.file, position, window.run(start, regions.reach))
+        return
     data = scratch("strided", regions.items * window.itemsize)
-    for number, position in enumerate(regions.positions(part.position, window.itemsize)):
+    for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
         reader.read(part.file, position, regions.run(data, number, window.itemsize))
     _transpose(regions.view(data, part, window.itemsize), _leaf_view(part, window))
 
 
 def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
     regions = _Regions.of(part, 1)
+    if regions.are_runs:
+        for position, start in regions.places(part, window.itemsize):
+            writer.write(part.file, position, window.run(start, regions.reach))
+        return
     data = scratch("strided", regions.items * window.itemsize)
     _transpose(_leaf_view(part, window), regions.view(data, part, window.itemsize))
-    for number, position in enumerate(regions.positions(part.position, window.itemsize)):
+    for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
         writer.write(part.file, position, regions.run(data, number, window.itemsize))
 
 
@@ -111,49 +119,59 @@ class _Regions:
     """The regions of a file that a strided extent touches, each read or written at once, one after another in memory.
 
     Attributes:
-        loops: (steps, file stride) of the loops that lead from region to region, largest stride first.
+        loops: of the extent, those that lead from region to region, largest file stride first.
+        count: regions.
         reach: items of a region, from the first wanted one to the last.
-        strides: of the extent's loops in that memory, in the order of the extent.
+        strides: of all loops of the extent in that memory.
+        are_runs: a region is a run of the leaf, too, and needs no memory between.
     """
 
-    loops: tuple[tuple[int, int], ...]
+    loops: tuple[int, ...]
+    count: int
     reach: int
     strides: tuple[int, ...]
+    are_runs: bool
 
     @classmethod
     def of(cls, part: Extent, waste: int) -> _Regions:
         """The largest regions of which at least one item in `waste` is wanted."""
         order = sorted(range(len(part.sizes)), key=lambda loop: -part.file_strides[loop])
-        for outer in range(len(order)):
+        for outer in range(len(order) + 1):
             inner = order[outer:]
             reach = 1 + sum((part.sizes[i] - 1) * part.file_strides[i] for i in inner)
             if reach <= waste * prod(part.sizes[i] for i in inner):
                 break
-        else:
-            outer, reach = len(order), 1
         strides, step = list(part.file_strides), reach
         for loop in reversed(order[:outer]):
             strides[loop], step = step, step * part.sizes[loop]
-        return cls(tuple((part.sizes[i], part.file_strides[i]) for i in order[:outer]), reach, tuple(strides))
+        are_runs = all(part.leaf_strides[i] == part.file_strides[i] == 1 for i in inner)
+        return cls(tuple(order[:outer]), step // reach, reach, tuple(strides), are_runs)
 
     @property
     def items(self) -> int:
-        return self.reach * prod(size for size, _ in self.loops)
+        return self.count * self.reach
 
-    def positions(self, first: int, itemsize: int) -> Iterator[int]:
-        """Byte position of each region in the file."""
-        steps = (range(0, size * stride * itemsize, stride * itemsize) for size, stride in self.loops)
-        yield from (first + sum(offsets) for offsets in product(*steps))
+    def places(self, part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:
+        """(byte position in the file, first item of the leaf) of each region."""
+        sizes = [part.sizes[loop] for loop in self.loops]
+        in_file = [part.file_strides[loop] * itemsize for loop in self.loops]
+        in_leaf = [part.leaf_strides[loop] for loop in self.loops]
+        for far, deep in zip(_offsets(sizes, in_file), _offsets(sizes, in_leaf), strict=True):
+            yield part.position + sum(far), part.leaf_start + sum(deep)
 
     def run(self, data: memoryview, number: int, itemsize: int) -> memoryview:
-        """The bytes of one region."""
+        """The bytes of one region in memory."""
         return data[number * self.reach * itemsize : (number + 1) * self.reach * itemsize]
 
     def view(self, data: memoryview, part: Extent, itemsize: int):  # type: ignore[no-untyped-def]
-        """The extent's items in the regions, one dimension for each of its loops."""
+        """The extent's items in that memory, one dimension for each of its loops."""
         import numpy as np
 
         return _strided(np.frombuffer(data, _item(itemsize)), 0, part.sizes, self.strides)
+
+
+def _offsets(sizes: list[int], strides: list[int]) -> Iterator[tuple[int, ...]]:
+    return product(*(range(0, size * stride, stride) for size, stride in zip(sizes, strides, strict=True)))
 
 
 def _transpose(source, target) -> None:  # type: ignore[no-untyped-def]
