@@ -75,12 +75,19 @@ def _has_narrow_heads(config: Config) -> bool:
 
 
 LIMITS = (
-    Limit(
-        "transformers4",
-        ("nemotron_h",),
-        "transformers 4 has no class for Nemotron-H",
-        _always,
-        error="does not recognize this architecture",
+    *(
+        Limit(
+            "transformers4",
+            model_types,
+            f"transformers 4 has no class for {title}",
+            _always,
+            error="does not recognize this architecture",
+        )
+        for title, model_types in (
+            ("Nemotron-H", ("nemotron_h",)),
+            ("MiniMax-M2", ("minimax_m2",)),
+            ("Qwen3.5", ("qwen3_5_moe_text", "qwen3_5_text")),
+        )
     ),
     Limit(
         "sglang",

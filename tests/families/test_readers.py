@@ -14,13 +14,10 @@ from tests.checkpoints import make_repository, tensor_bytes
 from tests.readers import matrix
 from tests.readers.cases import CASES, FORMS
 from tests.readers.cases import LIMITS as LIMITS_OF_THIS_MACHINE
-from tests.readers.test_absent_families import ABSENT
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: f"{limit.reader}-{limit.reason}")
 def test_every_limit_is_shown_by_a_checkpoint_of_the_matrix(limit: Limit) -> None:
-    if limit.model_types == ABSENT:
-        return  # without a class there is no stock checkpoint: tests/readers/test_absent_families.py asks the reader
     shown = [case for case, config in CASES.items() if limit in limits(config, READERS, FORMS.get(case, ""))]
     assert any(matrix.Cell(limit.reader, "transformers5", case).refusal == limit for case in shown)
 
