@@ -2,13 +2,14 @@
 
 A `Backend` is what the user asked for, one field per kind of layer. The `resolve_*` functions turn it into the
 kernel that runs on a device and dtype, with the reason; layers and `BackendReport` use the same functions, so
-that the report is what happens. A kernel that was asked for by name and cannot run is an error, never a fallback.
+that the report is what happens. A kernel that was asked for by name and cannot run is an error, never a fallback;
+only `sdpa` is a preference, behind which torch's own order follows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,8 +18,9 @@ import torch
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
-from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle, has_triton
+from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
+from automodel.kernels.packages import is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
@@ -161,14 +163,22 @@ def resolve_mamba(
     Raises:
         UsageError: `fused` was asked for by name and cannot run.
     """
-    if backend.mamba == "torch":
-        return ResolvedMamba("torch", "asked for")
-    obstacle = fused_mamba_obstacle(device, dtype, channels, width)
-    if obstacle is None:
-        return ResolvedMamba("fused")
-    if backend.mamba == "fused":
-        raise UsageError(f"the mamba backend fused cannot run here: {obstacle}", hint='use backend="auto"')
-    return ResolvedMamba("torch", obstacle)
+    kernel, reason = _named_or_fastest(
+        "mamba", backend.mamba, "fused", lambda: fused_mamba_obstacle(device, dtype, channels, width)
+    )
+    return ResolvedMamba(kernel, reason)
+
+
+def _named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], str | None]) -> tuple[str, str]:
+    """The kernel that runs, of `"torch"` and a faster one, and why not the faster one."""
+    if asked == "torch":
+        return "torch", "asked for"
+    found = obstacle()
+    if found is None:
+        return fast, ""
+    if asked == fast:
+        raise UsageError(f"the {layer} backend {fast} cannot run here: {found}", hint='use backend="auto"')
+    return "torch", found
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
@@ -204,7 +214,7 @@ def resolve_layers(backend: Backend, device: torch.device, *, training: bool) ->
         return Resolved(backend.layers, "" if backend.layers == "compiled" else "asked for")
     if device.type != "cuda":
         return Resolved("eager", "layers are compiled on CUDA")
-    if not has_triton():
+    if not is_installed("triton"):
         return Resolved("eager", "compiling needs triton, which is not installed")
     return Resolved("compiled") if training else Resolved("eager", "layers are compiled to train")
 
@@ -230,14 +240,10 @@ def resolve_delta_rule(backend: Backend, device: torch.device, dtype: torch.dtyp
     Raises:
         UsageError: `fla` was asked for by name and cannot run.
     """
-    if backend.linear_attention == "torch":
-        return ResolvedDeltaRule("torch", "asked for")
-    obstacle = fla_obstacle(device, dtype)
-    if obstacle is None:
-        return ResolvedDeltaRule("fla")
-    if backend.linear_attention == "fla":
-        raise UsageError(f"the linear attention backend fla cannot run here: {obstacle}", hint='use backend="auto"')
-    return ResolvedDeltaRule("torch", obstacle)
+    kernel, reason = _named_or_fastest(
+        "linear attention", backend.linear_attention, "fla", lambda: fla_obstacle(device, dtype)
+    )
+    return ResolvedDeltaRule(kernel, reason)
 
 
 def resolve_short_conv(backend: Backend, device: torch.device) -> Resolved:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.experts import has_triton
+from automodel.kernels.packages import is_installed
 
 _CHUNK_BYTES = 1280 << 20
 """Logits of a chunk: 4,096 tokens of a vocabulary of 152,000 in BF16, where the products no longer gain by size."""
@@ -22,7 +22,7 @@ def fused_loss_obstacle(device: torch.device) -> str | None:
     """Why the loss is not computed by chunks, or None where it is."""
     if device.type != "cuda":
         return "the fused loss needs CUDA"
-    return None if has_triton() else "the fused loss needs triton, which is not installed"
+    return None if is_installed("triton") else "the fused loss needs triton, which is not installed"
 
 
 def linear_cross_entropy(

@@ -13,11 +13,12 @@ Legend: B batch, S sequence, H value heads, K and V sizes of a key and a value, 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from automodel.kernels.packages import is_installed
 
 DeltaRuleKernel = Literal["torch", "fla"]
 
@@ -28,7 +29,7 @@ _FLA_DTYPES = (torch.bfloat16, torch.float16)
 
 def fla_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-linear-attention cannot run the rule on these inputs, or None when it can."""
-    if importlib.util.find_spec("fla") is None:
+    if not is_installed("fla"):
         return "flash-linear-attention is not installed"
     if device.type != "cuda":
         return "flash-linear-attention needs CUDA"

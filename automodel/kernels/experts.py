@@ -5,8 +5,6 @@ Legend: M rows, D hidden, F expert width, E experts of this process.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Literal
 
 import torch
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated, activate
+from automodel.kernels.packages import is_installed
 
 ExpertsKernel = Literal["torch", "grouped_mm", "fused"]
 
@@ -54,19 +53,13 @@ def fused_obstacle(
     """Why `fused_experts` cannot run these experts, or None when it can; it needs grouped_mm and more."""
     if device.type != "cuda":
         return "the fused experts need CUDA"
-    if not has_triton():
+    if not is_installed("triton"):
         return "the fused experts need triton, which is not installed"
     from automodel.kernels.triton_rows import activation_form
 
     if activation_form(activation) is None:
         return f"the fused experts have no kernel for the activation {activation}"
     return grouped_mm_obstacle(device, dtype, hidden, width)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def expert_mlp(

@@ -9,12 +9,12 @@ and outputs of the state, R = H / G, N state size, K chunks, L chunk length (pos
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from automodel.kernels.packages import is_installed
 
 MambaKernel = Literal["torch", "fused"]
 
@@ -35,7 +35,7 @@ def fused_mamba_obstacle(device: torch.device, dtype: torch.dtype, channels: int
     """
     if device.type != "cuda":
         return f"the fused kernels do not run on {device.type}"
-    if missing := [name for name in _PACKAGES if not _installed(name)]:
+    if missing := [name for name in _PACKAGES if not is_installed(name)]:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if dtype not in _FUSED_DTYPES:
         return f"the fused kernels do not take {str(dtype).removeprefix('torch.')}"
@@ -44,11 +44,6 @@ def fused_mamba_obstacle(device: torch.device, dtype: torch.dtype, channels: int
     if width not in _FUSED_WIDTHS:
         return f"causal_conv1d has no kernel of width {width}"
     return None
-
-
-@cache
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
 
 
 def causal_conv(

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.experts import has_triton
+from automodel.kernels.packages import is_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _gather(rows_MD: torch.Tensor, index_M: torch.Tensor) -> torch.Tensor:
 
 def _triton(x: torch.Tensor) -> ModuleType | None:
     """The kernels of `triton_rows` where they can run."""
-    if not x.is_cuda or not has_triton():
+    if not x.is_cuda or not is_installed("triton"):
         return None
     from automodel.kernels import triton_rows
 

@@ -5,15 +5,15 @@ Legend: B batch, S sequence, C channels, K taps.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
+
+from automodel.kernels.packages import is_installed
 
 
 def causal_conv1d_obstacle(device: torch.device) -> str | None:
     """Why the causal-conv1d package cannot run here, or None when it can."""
-    if importlib.util.find_spec("causal_conv1d") is None:
+    if not is_installed("causal_conv1d"):
         return "causal-conv1d is not installed"
     return None if device.type == "cuda" else "causal-conv1d needs CUDA"
 

@@ -80,10 +80,6 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def _hold_predict_layers(self, count: int) -> None:
-        for layer in range(self.config.num_hidden_layers, self.config.num_hidden_layers + count):
-            self.model.layers.append(PredictLayer(self.spec, layer, self.config.vocab_size, self.backend))
-
     @staticmethod
     @abstractmethod
     def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:

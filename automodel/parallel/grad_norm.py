@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel.parallel.local import local_part
 from automodel.parallel.mesh import ParallelMesh, data_parallel
 
 
@@ -24,7 +25,7 @@ def global_grad_norm(model: nn.Module, mesh: DeviceMesh | ParallelMesh | None) -
         0-d FP64 tensor on the device of the gradients, equal on all processes.
     """
     root = mesh.root if isinstance(mesh, ParallelMesh) else mesh
-    mine = [_local(p.grad) for p in model.parameters() if p.grad is not None and _is_owner(p.grad, root)]
+    mine = [local_part(p.grad) for p in model.parameters() if p.grad is not None and _is_owner(p.grad, root)]
     mine = [grad for grad in mine if grad.numel()]
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -66,13 +67,9 @@ def scale_gradients_(model: nn.Module, factor: torch.Tensor) -> None:
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(_local(parameter.grad))
+            by_dtype.setdefault(parameter.grad.dtype, []).append(local_part(parameter.grad))
     for same in by_dtype.values():
         torch._foreach_mul_(same, scale)
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _is_owner(grad: torch.Tensor, root: DeviceMesh | None) -> bool:

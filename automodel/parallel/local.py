@@ -63,6 +63,11 @@ def boxes_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[LocalBox]:
             yield LocalBox(name, local, tuple(offsets))
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

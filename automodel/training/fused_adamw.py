@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from automodel.parallel.local import local_part
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -41,10 +42,10 @@ class FusedAdamW(torch.optim.AdamW):
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 state["step"] += 1
                 adamw_(
-                    _local(parameter),
-                    _local(parameter.grad).contiguous(),
-                    _local(state["exp_avg"]),
-                    _local(state["exp_avg_sq"]),
+                    local_part(parameter),
+                    local_part(parameter.grad).contiguous(),
+                    local_part(state["exp_avg"]),
+                    local_part(state["exp_avg_sq"]),
                     step=int(state["step"]),
                     lr=float(group["lr"]),
                     betas=group["betas"],
@@ -58,8 +59,4 @@ class FusedAdamW(torch.optim.AdamW):
 
 def can_fuse(parameters: list[torch.nn.Parameter]) -> bool:
     """Whether `FusedAdamW` can update these: all on CUDA and contiguous."""
-    return all(p.device.type == "cuda" and _local(p).is_contiguous() for p in parameters)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return all(p.device.type == "cuda" and local_part(p).is_contiguous() for p in parameters)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from automodel.kernels.experts import has_triton
+from automodel.kernels.packages import is_installed
 from automodel.training.fused_adamw import FusedAdamW, can_fuse
 
 
@@ -41,7 +41,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
-    fused = has_triton() and can_fuse([parameter for parameters in groups.values() for parameter in parameters])
+    fused = is_installed("triton") and can_fuse(
+        [parameter for parameters in groups.values() for parameter in parameters]
+    )
     made = FusedAdamW if fused else partial(torch.optim.AdamW, foreach=True)
     return made(
         [

@@ -121,7 +121,7 @@ def test_the_convolution_sees_the_last_tokens_of_its_own_document(length: int, s
 def test_obstacles_to_the_fused_kernels_are_named(
     monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, reason: str
 ) -> None:
-    monkeypatch.setattr("automodel.kernels.mamba._installed", lambda _: False)
+    monkeypatch.setattr("automodel.kernels.mamba.is_installed", lambda _: False)
     assert reason in (fused_mamba_obstacle(torch.device(device), dtype, 64, 4) or "")
 
 
@@ -137,6 +137,6 @@ def test_obstacles_to_the_fused_kernels_are_named(
 def test_installed_kernels_have_limits_of_their_own(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int, width: int, reason: str | None
 ) -> None:
-    monkeypatch.setattr("automodel.kernels.mamba._installed", lambda _: True)
+    monkeypatch.setattr("automodel.kernels.mamba.is_installed", lambda _: True)
     obstacle = fused_mamba_obstacle(torch.device("cuda"), dtype, channels, width)
     assert obstacle is None if reason is None else reason in (obstacle or "")
