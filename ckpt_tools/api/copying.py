@@ -1,142 +1,32 @@
-"""What the verbs of the command line do, as functions with the same parameters, returning dataclasses.
-
-    from ckpt_tools import convert, consolidate, verify
-
-Nothing is printed here and nothing exits. Every function raises `ckpt_tools.CkptError` when the input, the machine or
-the arguments are at fault, and an output that could not be completed does not appear.
-"""
+"""`convert` and `consolidate`, which make a checkpoint out of another, and `plan`, which says what they would do."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.api.reports import CopyReport
 from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
-from ckpt_tools.engine import describe
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
 from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
-from ckpt_tools.engine.describe import Difference, Explanation, TensorGroup
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.sharding import parse_mesh
 from ckpt_tools.engine.sides import native_side_files, repository_side_files
 from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_native
-from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
-from ckpt_tools.families import FAMILIES, get_family
+from ckpt_tools.engine.verify import check_duplicates
+from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
-
-
-@dataclass(frozen=True)
-class CopyReport:
-    """What a conversion or consolidation did, or would do.
-
-    Attributes:
-        source: directory that was read.
-        destination: directory that was made; None for a dry run.
-        family: name of the family, `identity` where names stay as they are.
-        source_side: `hf` or `native`.
-        target_side: `hf` or `native`.
-        tensors: number of Hugging Face tensors that were moved.
-        nbytes: bytes of all files with tensors.
-        files: number of files with tensors.
-        casts: number of tensors whose dtype changed by a cast.
-        dequantized: number of tensors that were stored quantised and are plain now.
-        quantized: number of tensors that are stored quantised now.
-        rounded: number of those that do not read back bit for bit as the values that they were made of; 0 for a dry
-            run, which reads none.
-        dropped: names that were left out on purpose, with the reason.
-        skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
-        memory: upper bound of the buffers in bytes.
-        threads: worker threads.
-        seconds: wall time, planning included.
-    """
-
-    source: str
-    destination: str | None
-    family: str
-    source_side: str
-    target_side: str
-    tensors: int
-    nbytes: int
-    files: int
-    casts: int
-    dequantized: int
-    quantized: int
-    rounded: int
-    dropped: dict[str, str]
-    skipped: int
-    memory: int
-    threads: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` checked; reaching it means that every check passed."""
-
-    path: str
-    family: str
-    side: str
-    tensors: int
-    elements: int
-    nbytes: int
-    checks: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RoundtripReport:
-    """A checkpoint converted, consolidated and found equal bit for bit."""
-
-    source: str
-    family: str
-    tensors: int
-    nbytes: int
-    convert_seconds: float
-    consolidate_seconds: float
-    verify_seconds: float
-
-
-@dataclass(frozen=True)
-class InspectReport:
-    """What a checkpoint holds, from its headers."""
-
-    path: str
-    format: str
-    family: str
-    side: str
-    tensors: int
-    parameters: int
-    nbytes: int
-    files: dict[str, int]
-    groups: tuple[TensorGroup, ...]
-    skipped: dict[str, str]
-    dropped: tuple[str, ...]
-    side_files: tuple[str, ...]
-    manifest: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FamilyReport:
-    """One supported family; `data_only` ones have no native model and train through transformers' class."""
-
-    name: str
-    title: str
-    architecture: str
-    model_types: tuple[str, ...]
-    data_only: bool
-    rules: tuple[tuple[str, str], ...]
 
 
 def convert(
@@ -252,90 +142,6 @@ def consolidate(
     return _report(plan, None if dry_run else destination, options, rounded, started)
 
 
-def verify(
-    path: str | Path,
-    *,
-    against: str | Path | None = None,
-    family: str | None = None,
-    digests: bool = True,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> VerifyReport:
-    """Proves that a checkpoint is whole, has the values that were written, and equals another one.
-
-    Args:
-        path: any checkpoint: Hugging Face repository, native, or saved by training.
-        against: another one of the same model, on either side of the layout; compared bit for bit.
-        family: name of the family; None reads it from config.json.
-        digests: compare the digests of the manifest, where there is one.
-        threads: worker threads.
-        progress: told of bytes as they are read.
-
-    Raises:
-        LayoutError: a tensor is missing, unexpected, incomplete or of the wrong shape.
-        MismatchError: a value differs from its digest or from the other checkpoint.
-    """
-    started = time.perf_counter()
-    checkpoint = open_checkpoint(resolve_source(str(path)).path, family=family)
-    checks: Checks = verify_structure(checkpoint)
-    check_duplicates(checkpoint)
-    if digests:
-        checks.done += verify_digests(checkpoint, threads=threads, progress=progress)
-    if against is not None:
-        other = open_checkpoint(resolve_source(str(against)).path, family=family, form=checkpoint.layout.form)
-        # A native checkpoint can be seen against any form: against that of the other side.
-        if other.layout.form != checkpoint.layout.form and checkpoint.side == "native":
-            checkpoint = open_checkpoint(checkpoint.root, family=family, form=other.layout.form)
-        count = compare(checkpoint, other, threads=threads, progress=progress)
-        checks.done.append(f"values: {count:,} tensors equal those of {against} bit for bit")
-    return VerifyReport(
-        str(path),
-        checkpoint.layout.family,
-        checkpoint.side,
-        checks.tensors,
-        checks.elements,
-        checks.nbytes,
-        tuple(checks.done),
-        time.perf_counter() - started,
-    )
-
-
-def roundtrip(
-    source: str | Path,
-    *,
-    work: str | Path | None = None,
-    mesh: str | None = None,
-    family: str | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> RoundtripReport:
-    """Converts a repository, consolidates the result and compares it with the source bit for bit.
-
-    A quantised repository is dequantised on the way, and its values compared.
-
-    Args:
-        source: a directory or a Hub repository.
-        work: directory for the two copies, which are removed; None takes the system's temporary directory.
-        mesh: convert for this mesh.
-        family: name of the family; None reads it from config.json.
-        threads: worker threads.
-        progress: told of bytes as they move.
-    """
-    path = resolve_source(str(source)).path
-    with tempfile.TemporaryDirectory(prefix="ckpt-roundtrip-", dir=work) as folder:
-        native, back = Path(folder, "native"), Path(folder, "hf")
-        there = convert(path, native, mesh=mesh, dequantize=True, family=family, threads=threads, progress=progress)
-        again = consolidate(native, back, family=family, threads=threads, progress=progress)
-        # A quantised source is compared with what it was dequantised to, and that with the plain repository.
-        encoded = open_checkpoint(path, family=family).is_encoded
-        if encoded:
-            verify(native, against=path, family=family, threads=threads, progress=progress)
-        checked = verify(back, against=native if encoded else path, family=family, threads=threads, progress=progress)
-    return RoundtripReport(
-        str(source), there.family, checked.tensors, checked.nbytes, there.seconds, again.seconds, checked.seconds
-    )
-
-
 def plan(
     source: str | Path,
     *,
@@ -398,55 +204,6 @@ def plan(
         threads=threads,
         dry_run=True,
     )
-
-
-def inspect(path: str | Path, *, family: str | None = None) -> InspectReport:
-    """What a checkpoint holds, from its headers."""
-    checkpoint = open_checkpoint(resolve_source(str(path)).path, family=family)
-    store, manifest = checkpoint.store, checkpoint.manifest
-    return InspectReport(
-        str(path),
-        store.kind,
-        checkpoint.layout.family,
-        checkpoint.side,
-        len(store.tensors),
-        sum(t.numel for t in store.tensors.values()),
-        store.nbytes,
-        dict(store.files),
-        tuple(describe.group_tensors(store)),
-        dict(store.skipped),
-        (*checkpoint.dropped, *checkpoint.duplicates),
-        checkpoint.side_files,
-        {"tool": manifest.tool, **manifest.source} if manifest else {},
-    )
-
-
-def diff(left: str | Path, right: str | Path, *, family: str | None = None) -> list[Difference]:
-    """Tensors that two checkpoints do not have in common, or have with another shape or dtype. Values are not read."""
-    return describe.differences(
-        open_checkpoint(resolve_source(str(left)).path, family=family),
-        open_checkpoint(resolve_source(str(right)).path, family=family),
-    )
-
-
-def explain(path: str | Path, name: str, *, family: str | None = None) -> list[Explanation]:
-    """What a tensor's name is on the other side of the layout, and how it is made."""
-    return describe.explain(open_checkpoint(resolve_source(str(path)).path, family=family).layout, name)
-
-
-def list_families() -> list[FamilyReport]:
-    """The families that have a native layout; everything else keeps its names (`identity`)."""
-    return [
-        FamilyReport(
-            family.name,
-            family.title,
-            family.architecture,
-            family.model_types,
-            family.data_only,
-            tuple((rule.native, rule.value.describe()) for rule in family.rules),
-        )
-        for family in map(get_family, FAMILIES)
-    ]
 
 
 def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:

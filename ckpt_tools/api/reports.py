@@ -1,0 +1,109 @@
+"""What the functions of the API return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ckpt_tools.engine.describe import TensorGroup
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What a conversion or consolidation did, or would do.
+
+    Attributes:
+        source: directory that was read.
+        destination: directory that was made; None for a dry run.
+        family: name of the family, `identity` where names stay as they are.
+        source_side: `hf` or `native`.
+        target_side: `hf` or `native`.
+        tensors: number of Hugging Face tensors that were moved.
+        nbytes: bytes of all files with tensors.
+        files: number of files with tensors.
+        casts: number of tensors whose dtype changed by a cast.
+        dequantized: number of tensors that were stored quantised and are plain now.
+        quantized: number of tensors that are stored quantised now.
+        rounded: number of those that do not read back bit for bit as the values that they were made of; 0 for a dry
+            run, which reads none.
+        dropped: names that were left out on purpose, with the reason.
+        skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
+        memory: upper bound of the buffers in bytes.
+        threads: worker threads.
+        seconds: wall time, planning included.
+    """
+
+    source: str
+    destination: str | None
+    family: str
+    source_side: str
+    target_side: str
+    tensors: int
+    nbytes: int
+    files: int
+    casts: int
+    dequantized: int
+    quantized: int
+    rounded: int
+    dropped: dict[str, str]
+    skipped: int
+    memory: int
+    threads: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` checked; reaching it means that every check passed."""
+
+    path: str
+    family: str
+    side: str
+    tensors: int
+    elements: int
+    nbytes: int
+    checks: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RoundtripReport:
+    """A checkpoint converted, consolidated and found equal bit for bit."""
+
+    source: str
+    family: str
+    tensors: int
+    nbytes: int
+    convert_seconds: float
+    consolidate_seconds: float
+    verify_seconds: float
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a checkpoint holds, from its headers."""
+
+    path: str
+    format: str
+    family: str
+    side: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    files: dict[str, int]
+    groups: tuple[TensorGroup, ...]
+    skipped: dict[str, str]
+    dropped: tuple[str, ...]
+    side_files: tuple[str, ...]
+    manifest: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """One supported family; `data_only` ones have no native model and train through transformers' class."""
+
+    name: str
+    title: str
+    architecture: str
+    model_types: tuple[str, ...]
+    data_only: bool
+    rules: tuple[tuple[str, str], ...]
