@@ -60,7 +60,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Configs; the shapes of the published models with fewer layers."""
 
-OURS = {"ours": "auto", "ours-eager": {"layers": "eager"}, "ours-grouped_mm": {"experts": "grouped_mm"}}
+OURS = {
+    "ours": "auto",
+    "ours-without-graphs": "auto",
+    "ours-eager": {"layers": "eager"},
+    "ours-grouped_mm": {"experts": "grouped_mm"},
+}
 """Implementation -> our `backend`."""
 TRANSFORMERS = {
     "transformers-eager": ("eager", False),
@@ -123,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--implementations", default="transformers,transformers-compiled,ours")
     parser.add_argument("--micro-batches", default="1,4")
     parser.add_argument("--sequence", type=int, default=SEQUENCE)
-    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every layer")
@@ -269,7 +274,7 @@ def _build_ours(arguments: argparse.Namespace, weights: Path, device: Any) -> tu
     from automodel.parallel.mesh import ParallelMesh
     from automodel.training.data import Batch
     from automodel.training.optimizer import OptimizerConfig, build_optimizer
-    from automodel.training.step import train_step
+    from automodel.training.step import step_graph, train_step
 
     mesh = None
     where: dict[str, Any] = {"device": device}
@@ -280,10 +285,14 @@ def _build_ours(arguments: argparse.Namespace, weights: Path, device: Any) -> tu
         str(weights), dtype=torch.bfloat16, backend=OURS[arguments.child], **where
     )
     optimizer = build_optimizer(model, OptimizerConfig())
+    graphs: dict[torch.Size, Any] = {}
 
     def step(ids: torch.Tensor) -> tuple[float, float]:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        result = train_step(model, optimizer, [Batch(ids, positions, ids).to(device)], mesh, max_grad_norm=1.0)
+        if ids.shape not in graphs:
+            graphs.clear()
+            graphs[ids.shape] = None if arguments.child == "ours-without-graphs" else step_graph(model, 1)
+        batch = Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), ids).to(device)
+        result = train_step(model, optimizer, [batch], mesh, max_grad_norm=1.0, graph=graphs[ids.shape])
         return result.loss, result.grad_norm
 
     return model, step

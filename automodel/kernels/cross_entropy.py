@@ -74,15 +74,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight_VD, out=grad_hidden[part])
             if needs_weight:
                 grad_weight = _accumulated(grad_weight, logits, hidden_ND[part])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VD.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return losses_N.sum() / divisor
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Not in place: a backward pass that retains its graph may come again.
-        scaled = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        # Scaled and rounded in one pass. Not in place: a backward pass that retains its graph may come again.
+        scaled = [
+            None if saved is None else torch.mul(saved, grad, out=torch.empty_like(saved, dtype=dtype))
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*scaled, None, None, None, None)
 
 

@@ -86,7 +86,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, D]: the outputs of the K chosen experts, weighted by `weight_NK` and summed."""
-        kernel = self._kernel(x_ND)
+        kernel = self.kernel_for(x_ND)
         if kernel == "fused":
             return self._fused(x_ND, expert_index_NK, weight_NK)
         if self.dispatcher is not None:
@@ -107,7 +107,8 @@ class Experts(nn.Module):
         rows_MD, _, counts, state = dispatcher.dispatch(x_ND, expert_index_NK)
         return dispatcher.combine(self._multiply(rows_MD, counts, kernel), weight_NK, state)
 
-    def _kernel(self, x: torch.Tensor) -> ExpertsKernel:
+    def kernel_for(self, x: torch.Tensor) -> ExpertsKernel:
+        """Which kernel runs on the device and in the dtype of `x`."""
         _, hidden, width = self.down_proj.shape
         return resolve_experts(self.backend, x.device, x.dtype, hidden, width, self.activation).kernel
 

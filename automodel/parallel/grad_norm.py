@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from automodel.kernels.packages import is_installed
 from automodel.parallel.local import local_part
 from automodel.parallel.mesh import ParallelMesh, data_parallel
 
@@ -19,7 +20,7 @@ def global_grad_norm(model: nn.Module, mesh: DeviceMesh | ParallelMesh | None) -
     """L2 norm of all gradients of `model` as if one process held them.
 
     Each element is counted once: by the process at coordinate 0 of every axis over which it is replicated. Squares
-    are added up in FP32 within a tensor and in FP64 between tensors and processes.
+    are added up in FP32 within a tensor (with Triton, a block of one) and in FP64 beyond it.
 
     Returns:
         0-d FP64 tensor on the device of the gradients, equal on all processes.
@@ -28,10 +29,7 @@ def global_grad_norm(model: nn.Module, mesh: DeviceMesh | ParallelMesh | None) -
     mine = [local_part(p.grad) for p in model.parameters() if p.grad is not None and _is_owner(p.grad, root)]
     mine = [grad for grad in mine if grad.numel()]
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    if mine:
-        norms = torch._foreach_norm(mine, 2, dtype=torch.float32)
-        total = torch.stack(norms).double().square().sum()
+    total = _square_sum(mine) if mine else torch.zeros((), dtype=torch.float64, device=device)
     if root is not None:
         for axis in range(root.ndim):
             if root.size(axis) > 1:
@@ -70,6 +68,14 @@ def scale_gradients_(model: nn.Module, factor: torch.Tensor) -> None:
             by_dtype.setdefault(parameter.grad.dtype, []).append(local_part(parameter.grad))
     for same in by_dtype.values():
         torch._foreach_mul_(same, scale)
+
+
+def _square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if tensors[0].is_cuda and is_installed("triton"):
+        from automodel.kernels.triton_norm import square_sum
+
+        return square_sum([tensor.contiguous() for tensor in tensors])
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
 
 
 def _is_owner(grad: torch.Tensor, root: DeviceMesh | None) -> bool:

@@ -107,6 +107,8 @@ class TrainingConfig:
         export_dir: a Hugging Face repository is written there at the end; null does not export.
         sync_gradients: `every` micro-batch reduces its gradients (little memory), or only the `last` one of a step
             does (little communication; each process keeps gradients of all parameters).
+        cuda_graphs: `auto` runs micro-batches as a CUDA graph where that can be done (one GPU, a native model, rows of
+            one document each), `off` launches kernels one by one.
         timeout_minutes: after which a process that waits for another gives up.
     """
 
@@ -124,6 +126,7 @@ class TrainingConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export_dir: Path | None = None
     sync_gradients: Literal["every", "last"] = "every"
+    cuda_graphs: Literal["auto", "off"] = "auto"
     timeout_minutes: float = 30.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from automodel.training.model import Source, build_model, held_side, mixed_preci
 from automodel.training.optimizer import build_optimizer
 from automodel.training.processes import is_first, process_group, terminal_log
 from automodel.training.schedule import lr_ratio
-from automodel.training.step import StepResult, train_step
+from automodel.training.step import StepResult, step_graph, train_step
+from automodel.training.step_graph import StepGraph
 from ckpt_tools.core.errors import OutputExistsError, UsageError
 
 _logger = get_logger(__name__)
@@ -140,6 +142,14 @@ class _Loop:
     data: PackedData
     order: SampleOrder
 
+    @cached_property
+    def graph(self) -> StepGraph | None:
+        """What runs micro-batches as CUDA graphs, if the config wants it."""
+        config = self.setup.config
+        processes = data_parallel(self.mesh.root)[1]
+        micro_batches = config.global_batch_size // config.micro_batch_size // processes
+        return step_graph(self.model, micro_batches) if config.cuda_graphs == "auto" else None
+
     def run(self, state: TrainState) -> Report:
         config = self.setup.config
         if state.step > config.steps:
@@ -183,6 +193,7 @@ class _Loop:
             self.mesh,
             max_grad_norm=config.max_grad_norm,
             sync_last=config.sync_gradients == "last",
+            graph=self.graph,
         )
 
     def _set_lr(self, step: int) -> float:

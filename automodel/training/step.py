@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from automodel.parallel.grad_norm import clip_factor, global_grad_norm, scale_gr
 from automodel.parallel.mesh import ParallelMesh
 from automodel.training.data import Batch
 from automodel.training.fused_adamw import FusedAdamW
+from automodel.training.step_graph import StepGraph
 from ckpt_tools.core.errors import CkptError
 
 
@@ -48,6 +50,7 @@ def train_step(
     *,
     max_grad_norm: float | None,
     sync_last: bool = False,
+    graph: StepGraph | None = None,
 ) -> StepResult:
     """Forward and backward over this process's micro-batches, clip, update.
 
@@ -58,6 +61,7 @@ def train_step(
         mesh: None on a single process.
         max_grad_norm: None does not clip.
         sync_last: reduce gradients only in the last micro-batch; see `TrainingConfig.sync_gradients`.
+        graph: of `step_graph`, kept from step to step; None launches kernels one by one.
 
     Raises:
         CkptError: the gradient norm is not finite; nothing was updated.
@@ -69,9 +73,10 @@ def train_step(
     total = torch.zeros((), device=device, dtype=torch.float64)
     for number, batch in enumerate(batches):
         _prepare_backward(model, last=number == len(batches) - 1, sync_last=sync_last)
-        loss = batch_loss(model, batch, share, len(batches))
-        loss.backward()
-        total += loss.detach()
+        if graph is None:
+            total += _backward(model, len(batches), batch, share)
+        else:
+            total += graph.backward(batch, share)
     norm = global_grad_norm(model, mesh)
     # The only wait for the device in a step.
     measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double()]).tolist()
@@ -86,6 +91,17 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def step_graph(model: nn.Module, micro_batches: int) -> StepGraph:
+    """Forward and backward of `model`'s micro-batches as CUDA graphs, in steps of that many."""
+    return StepGraph(model, partial(_backward, model, micro_batches))
+
+
+def _backward(model: nn.Module, micro_batches: int, batch: Batch, divisor: torch.Tensor) -> torch.Tensor:
+    loss = batch_loss(model, batch, divisor, micro_batches)
+    loss.backward()
+    return loss.detach()
 
 
 def _check(result: StepResult) -> None:
