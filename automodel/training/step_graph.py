@@ -133,7 +133,9 @@ class StepGraph:
         divisor = torch.ones((), device=batch.input_ids.device)
         held = [parameter.grad for parameter in self._parameters]
         try:
-            loss, replay = capture(lambda: self._backward(static, divisor), self._clear if self._first is None else None)
+            loss, replay = capture(
+                lambda: self._backward(static, divisor), self._clear if self._first is None else None
+            )
         except RuntimeError as error:
             self._obstacle = f"capturing failed: {error}"
             for parameter, gradient in zip(self._parameters, held, strict=True):
