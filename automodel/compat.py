@@ -125,6 +125,11 @@ def attention_mask_for(
         cache_position: [S] index of each query token in the cache; read by 4.57 only.
         sliding: limit attention to the config's `sliding_window`.
     """
+    within = not sliding or embeds_BSD.shape[1] <= config.sliding_window
+    plain = attention_mask is None and past_key_values is None and position_ids is None
+    if plain and within and config._attn_implementation == "sdpa":
+        # transformers says the same, but makes a mask while a CUDA graph is captured.
+        return None
     arguments: dict[str, object] = {
         "config": config,
         "attention_mask": attention_mask,

@@ -137,7 +137,9 @@ class StepGraph:
                 lambda: self._backward(static, divisor), self._clear if self._first is None else None
             )
         except RuntimeError as error:
-            self._obstacle = f"capturing failed: {error}"
+            # What invalidated the capture was raised first, and ending the capture raised again.
+            first = error.__context__ or error
+            self._obstacle = f"capturing failed: {str(first).splitlines()[0]}"
             for parameter, gradient in zip(self._parameters, held, strict=True):
                 parameter.grad = gradient
             _logger.warning("micro-batches run without CUDA graphs: %s", self._obstacle)
