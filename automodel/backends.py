@@ -19,6 +19,7 @@ from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
+from automodel.kernels.flash import flash4_obstacle, flash_obstacle
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.kernels.packages import is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
@@ -33,7 +34,7 @@ NormChoice = Literal["auto", "torch", "fused"]
 MambaChoice = Literal["auto", "torch", "fused"]
 LinearAttentionChoice = Literal["auto", "torch", "fla"]
 NormKernel = Literal["torch", "fused"]
-SdpaChoice = Literal["auto", "torch", "cudnn"]
+SdpaChoice = Literal["auto", "torch", "cudnn", "flash4"]
 LayersChoice = Literal["auto", "eager", "compiled"]
 LossChoice = Literal["auto", "torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
@@ -51,7 +52,9 @@ class Backend:
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
         linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
             flash-linear-attention, and causal-conv1d where that is installed.
-        sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, `"cudnn"` prefers cuDNN's.
+        sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, and packed documents and sliding
+            windows to its masks; `"cudnn"` prefers cuDNN's kernel, `"flash4"` is FlashAttention-4, and both run
+            documents and windows without masks, by a flash attention.
         layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
         loss: `"fused"` computes head and loss by chunks, where the caller passes `skip_logits=True`.
     """
@@ -192,15 +195,38 @@ def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     return Resolved("fused")
 
 
-def resolve_sdpa(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
-    """Which kernel `scaled_dot_product_attention` is to prefer. cuDNN's is the fastest on Hopper, in half precision."""
-    if backend.sdpa != "auto":
+def resolve_sdpa(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> Resolved:
+    """The kernel of causal attention over whole rows, in heads of `head_dim`: `"flash4"`, or which kernel
+    `scaled_dot_product_attention` is to prefer. cuDNN's is its fastest on Hopper, in half precision.
+
+    Raises:
+        UsageError: `flash4` was asked for by name and cannot run.
+    """
+    if backend.sdpa in ("torch", "cudnn"):
         return Resolved(backend.sdpa, "" if backend.sdpa == "cudnn" else "asked for")
+    slower = flash4_obstacle(device, dtype, head_dim)
+    if slower is None and _capability(device.index or 0) < (9, 0):
+        slower = "FlashAttention-4 needs compute capability 9.0"
+    if slower is None:
+        return Resolved("flash4")
+    if backend.sdpa == "flash4":
+        raise UsageError(f"the attention flash4 cannot run here: {slower}", hint='use backend="auto"')
     if device.type != "cuda" or dtype == torch.float32:
         return Resolved("torch")
     if _capability(device.index or 0) < (9, 0):
         return Resolved("torch", "cuDNN's attention is preferred from compute capability 9.0 on")
-    return Resolved("cudnn")
+    return Resolved("cudnn", slower)
+
+
+def resolve_spans(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> Resolved:
+    """The kernel of attention within documents and windows: `"flash4"`, torch's `"flash"`, or SDPA under a `"mask"`."""
+    if backend.sdpa == "torch":
+        return Resolved("mask", "asked for")
+    whole = resolve_sdpa(backend, device, dtype, head_dim)
+    if whole.kernel == "flash4":
+        return whole
+    obstacle = flash_obstacle(device, dtype, head_dim)
+    return Resolved("flash", whole.reason) if obstacle is None else Resolved("mask", obstacle)
 
 
 @torch.compiler.assume_constant_result

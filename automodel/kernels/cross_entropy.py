@@ -80,12 +80,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Scaled and rounded in one pass. Not in place: a backward pass that retains its graph may come again.
-        scaled = [
-            None if saved is None else torch.mul(saved, grad, out=torch.empty_like(saved, dtype=dtype))
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # Not in place: a backward pass that retains its graph may come again.
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [None if saved is None else _scaled(saved, grad, dtype) for saved, dtype in pairs]
         return (*scaled, None, None, None, None)
+
+
+def _scaled(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if values.is_cuda and is_installed("triton"):
+        from automodel.kernels.triton_loss import scaled
+
+        return scaled(values, factor, dtype)
+    return (values * factor).to(dtype)
 
 
 def _accumulated(total: torch.Tensor | None, logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> torch.Tensor:

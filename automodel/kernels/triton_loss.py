@@ -35,6 +35,23 @@ def _softmax_gradient(logits, labels, losses, divisor, ignored, V: tl.constexpr,
         tl.store(own + column, gradient.to(logits.dtype.element_ty), mask=column < V)
 
 
+@triton.jit
+def _scale(values, factor, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    value = tl.load(values + at, mask=inside).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def scaled(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values * factor in `dtype`, rounded once; `values` contiguous, `factor` of one element on the same device."""
+    out = torch.empty_like(values, dtype=dtype)
+    count = values.numel()
+    if count:
+        _scale[(triton.cdiv(count, _SCALED),)](values, factor, out, count, _SCALED, num_warps=8)
+    return out
+
+
 def softmax_gradient(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, divisor: torch.Tensor, ignore_index: int
 ) -> None:

@@ -19,12 +19,16 @@ from transformers.cache_utils import Cache
 
 from automodel.backends import Backend, resolve_sdpa
 from automodel.compat import update_cache
+from automodel.kernels.flash import Spans, causal_attention
 from automodel.kernels.sdpa import cudnn_first
+from automodel.models.masking import AttentionMask
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec
 
 _SINK_DIMS = 8
+_CUDNN_HEAD = 128
+"""The largest head of cuDNN's kernels forward and backward."""
 
 
 class Attention(nn.Module):
@@ -62,7 +66,7 @@ class Attention(nn.Module):
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor | None,
         sin_BSd: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
         kernel: str,
         cache: Cache | None,
         cache_position: torch.Tensor,
@@ -71,7 +75,7 @@ class Attention(nn.Module):
 
         Args:
             cos_BSd, sin_BSd: rotary tables; their batch may be 1. None: positions are not embedded.
-            mask: as `compat.attention_mask_for` makes it for `kernel`.
+            mask: as `masking.attention_masks` makes it for `kernel`.
             kernel: `"sdpa"` or `"eager"`.
             cache: keys and values of earlier tokens, extended in place.
             cache_position: [S], index of each query token in the cache.
@@ -83,6 +87,17 @@ class Attention(nn.Module):
         if cos_BSd is not None and sin_BSd is not None:
             cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        spans = self._spans(x_BSD, mask, kernel, cache)
+        if spans is not None:
+            output_BSHd = causal_attention(
+                query.flatten(2, 3),
+                key.flatten(2, 3),
+                value_BSGd.flatten(2, 3),
+                spans,
+                scale=self.head_dim**-0.5,
+                sinks_H=self.sinks,
+            )
+            return self._projected(output_BSHd, gate), None
         query_BHSd, key_BGSd = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key))
         value_BGSd = value_BSGd.flatten(2, 3).transpose(1, 2)
         if cache is not None:
@@ -90,13 +105,32 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
-        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype).kernel == "cudnn":
+        if self._resolved(x_BSD) == "cudnn":
             attend = partial(cudnn_first, attend)
         output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
-        output_BSD = output_BHSd.transpose(1, 2).flatten(2, 3)
+        return self._projected(output_BHSd.transpose(1, 2), gate), probabilities
+
+    def _projected(self, output_BSHd: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        output_BSD = output_BSHd.flatten(2, 3)
         if self.gates_per_group:
             output_BSD = output_BSD * gate.flatten(2).sigmoid()
-        return self.o_proj(output_BSD), probabilities
+        return self.o_proj(output_BSD)
+
+    def _resolved(self, x_BSD: torch.Tensor) -> str:
+        return resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype, self.head_dim).kernel
+
+    def _spans(self, x_BSD: torch.Tensor, mask: AttentionMask, kernel: str, cache: Cache | None) -> Spans | None:
+        """What tokens see, where attention runs without a mask; None where `scaled_dot_product_attention` does it."""
+        if isinstance(mask, Spans):
+            return mask
+        length = x_BSD.shape[1]
+        drops = self.training and self.dropout > 0
+        if kernel == "eager" or mask is not None or cache is not None or drops or length == 1:
+            return None
+        resolved = self._resolved(x_BSD)
+        if resolved == "flash4" or (resolved == "cudnn" and self.sinks is not None and self.head_dim <= _CUDNN_HEAD):
+            return Spans(None, length, 0, resolved)
+        return None
 
 
 def _head_norm(spec: DecoderSpec, backend: Backend) -> nn.Module:

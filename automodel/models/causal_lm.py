@@ -19,6 +19,7 @@ from automodel.backends import (
     Backend,
     BackendReport,
     BackendRow,
+    Resolved,
     ResolvedExperts,
     require_attention,
     resolve_delta_rule,
@@ -29,6 +30,7 @@ from automodel.backends import (
     resolve_norm,
     resolve_sdpa,
     resolve_short_conv,
+    resolve_spans,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.kernels.activations import Gated
@@ -198,18 +200,22 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         """What runs each kind of layer of this model where its parameters are now, and why not a faster kernel."""
         weight = self.lm_head.weight
         norm = resolve_norm(self.backend, weight.device, weight.dtype)
-        sdpa = resolve_sdpa(self.backend, weight.device, weight.dtype)
+        sdpa = resolve_sdpa(self.backend, weight.device, weight.dtype, self.spec.scored_dim)
+        spans = resolve_spans(self.backend, weight.device, weight.dtype, self.spec.scored_dim)
         layers = resolve_layers(self.backend, weight.device, training=self.training)
         loss = resolve_loss(self.backend, weight.device)
         norms = sum(isinstance(module, RMSNorm) for module in self.modules())
         delta_nets = self.spec.attention_kinds.count("linear_attention") if self.spec.delta_net else 0
         compilable = sum(getattr(layer, "can_compile", False) for layer in self.model.layers)
         attention = self.config._attn_implementation
+        attending = sum(kind in _ATTENDING for kind in self.spec.attention_kinds)
         slower = "asked for" if attention == "eager" else sdpa.reason
-        if attention == "sdpa" and sdpa.kernel == "cudnn":
-            attention = "sdpa, cuDNN first"
+        if attention == "sdpa" and sdpa.kernel != "torch":
+            attention = "FlashAttention-4" if sdpa.kernel == "flash4" else "sdpa, cuDNN first"
+        apart = Resolved("mask", "asked for") if attention == "eager" else spans
         rows = [
-            BackendRow("attention", sum(kind in _ATTENDING for kind in self.spec.attention_kinds), attention, slower),
+            BackendRow("attention", attending, attention, slower),
+            BackendRow("packed or windowed", attending, apart.kernel, apart.reason),
             BackendRow("norm", norms, norm.kernel, norm.reason),
             BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
             BackendRow("layers", compilable, layers.kernel, layers.reason),

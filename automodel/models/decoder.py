@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from automodel.backends import Backend, require_attention, resolve_layers
-from automodel.compat import PreTrainedConfig, attention_mask_for, make_cache, padding_mask_for
+from automodel.compat import PreTrainedConfig, make_cache, padding_mask_for
 from automodel.models.attention import Attention
 from automodel.models.delta_net import Documents, GatedDeltaNet
 from automodel.models.latent_attention import LatentAttention
+from automodel.models.masking import AttentionMask, attention_masks, is_packed
 from automodel.models.mlp import GatedMLP, MoeMLP
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import RotaryEmbedding
@@ -59,7 +60,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor,
         sin_BSd: torch.Tensor,
-        mask: torch.Tensor | Documents | None,
+        mask: AttentionMask | Documents,
         kernel: str,
         past_key_values: Cache | None = None,
         cache_position: torch.Tensor | None = None,
@@ -82,7 +83,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor,
         sin_BSd: torch.Tensor,
-        mask: torch.Tensor | Documents | None,
+        mask: AttentionMask | Documents,
         kernel: str,
         past_key_values: Cache | None,
         cache_position: torch.Tensor | None,
@@ -120,6 +121,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
+        self.backend = backend
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, spec.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([self.layer_class(spec, i, backend) for i in range(config.num_hidden_layers)])
@@ -220,25 +222,24 @@ class Decoder(nn.Module):
         cache: Cache | None,
         position_ids: torch.Tensor | None,
         cache_position: torch.Tensor,
-    ) -> dict[str, torch.Tensor | Documents | None]:
+    ) -> dict[str, AttentionMask | Documents]:
         if isinstance(attention_mask, dict):
             return attention_mask
-        kinds = dict.fromkeys(layer.kind for layer in self._own_layers())
         packed = is_packed(position_ids, attention_mask, cache)
-        masks: dict[str, torch.Tensor | Documents | None] = {
-            kind: attention_mask_for(
+        masks: dict[str, AttentionMask | Documents] = dict(
+            attention_masks(
                 self.config,
+                self.spec,
+                self.backend,
                 x_BSD,
                 attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids if packed else None,
+                cache=cache,
+                packed_BS=position_ids if packed else None,
                 cache_position=cache_position,
-                sliding=kind == "sliding_attention",
+                training=self.training,
             )
-            for kind in kinds
-            if kind != "linear_attention"
-        }
-        if "linear_attention" in kinds:
+        )
+        if "linear_attention" in self.spec.attention_kinds:
             rows, length = x_BSD.shape[:2]
             masks["linear_attention"] = (
                 Documents.of(position_ids.expand(rows, -1)) if packed else padding_mask_for(attention_mask, length)
@@ -262,10 +263,3 @@ def hidden_norm(spec: DecoderSpec, backend: Backend) -> RMSNorm:
         rounds_last=spec.norm_rounds_last,
         zero_centred=spec.zero_centred_norms,
     )
-
-
-def is_packed(position_ids_BS: torch.Tensor | None, attention_mask: object, cache: Cache | None) -> bool:
-    """Whether rows hold packed documents: positions do not count up by one, and no mask or cache says why."""
-    if position_ids_BS is None or attention_mask is not None or cache is not None:
-        return False
-    return bool((position_ids_BS.diff(dim=-1) != 1).any())

@@ -8,16 +8,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from automodel.backends import Backend
-from automodel.compat import attention_mask_for
 from automodel.models.attention import Attention
-from automodel.models.decoder import Decoder, hidden_norm, is_packed
+from automodel.models.decoder import Decoder, hidden_norm
 from automodel.models.delta_net import document_numbers
 from automodel.models.mamba import Mamba2, RecurrentMask
+from automodel.models.masking import AttentionMask, attention_masks, is_packed
 from automodel.models.mlp import MoeMLP, PlainMLP
 from automodel.models.spec import AttentionKind, DecoderSpec
 from ckpt_tools.core.errors import UsageError
 
-Mask = torch.Tensor | RecurrentMask | None
+Mask = AttentionMask | RecurrentMask
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -93,18 +93,20 @@ class HybridDecoder(Decoder):
             padding_BS = attention_mask["linear_attention"]
             return none | {**attention_mask, "linear_attention": RecurrentMask(padding_BS)}
         packed = is_packed(position_ids, attention_mask, cache)
-        full = attention_mask_for(
+        masks = attention_masks(
             self.config,
+            self.spec,
+            self.backend,
             x_BSD,
             attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids if packed else None,
+            cache=cache,
+            packed_BS=position_ids if packed else None,
             cache_position=cache_position,
-            sliding=False,
+            training=self.training,
         )
         segment_BS = document_numbers(position_ids).expand(x_BSD.shape[0], -1) if packed else None
         recurrent = RecurrentMask(_padding(attention_mask, x_BSD.shape[1]), segment_BS)
-        return none | {"full_attention": full, "linear_attention": recurrent}
+        return none | masks | {"linear_attention": recurrent}
 
 
 def mixer(kind: AttentionKind, spec: DecoderSpec, layer: int, backend: Backend) -> nn.Module:

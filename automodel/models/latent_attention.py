@@ -16,7 +16,9 @@ from transformers.cache_utils import Cache
 
 from automodel.backends import Backend, resolve_sdpa
 from automodel.compat import update_cache
+from automodel.kernels.flash import Spans, causal_attention
 from automodel.kernels.sdpa import cudnn_first
+from automodel.models.masking import AttentionMask
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec, LatentSpec
@@ -59,7 +61,7 @@ class LatentAttention(nn.Module):
         x_BSD: torch.Tensor,
         cos_BSr: torch.Tensor,
         sin_BSr: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
         kernel: str,
         cache: Cache | None,
         cache_position: torch.Tensor,
@@ -68,7 +70,7 @@ class LatentAttention(nn.Module):
 
         Args:
             cos_BSr, sin_BSr: rotary tables; their batch may be 1.
-            mask: as `compat.attention_mask_for` makes it for `kernel`.
+            mask: as `masking.attention_masks` makes it for `kernel`.
             kernel: `"sdpa"` or `"eager"`.
             cache: latents [B, 1, T, L] as keys and rotary keys [B, 1, T, r] as values, extended in place.
             cache_position: [S], index of each query token in the cache.
@@ -84,9 +86,15 @@ class LatentAttention(nn.Module):
             latent_B1TL, rope_B1Tr = update_cache(cache, latent_B1TL, rope_B1Tr, self.layer, cache_position)
         key_BHTd, value_BHTv = self._keys_and_values(latent_B1TL, rope_B1Tr)
 
+        if isinstance(mask, Spans):
+            # Kernels want values as long as keys; what is added is zero and cut off again.
+            padded_BHSd = F.pad(value_BHTv, (0, query_BHSd.shape[-1] - latent.value_dim))
+            heads = (states.transpose(1, 2) for states in (query_BHSd, key_BHTd, padded_BHSd))
+            output_BSHd = causal_attention(*heads, mask, scale=latent.scale)
+            return self.o_proj(output_BSHd[..., : latent.value_dim].flatten(2, 3)), None
         dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
-        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype).kernel == "cudnn":
+        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype, query_BHSd.shape[-1]).kernel != "torch":
             attend = partial(cudnn_first, attend)
         output_BHSv, probabilities = attend(query_BHSd, key_BHTd, value_BHTv, mask, dropout, latent.scale)
         return self.o_proj(output_BHSv.transpose(1, 2).flatten(2, 3)), probabilities

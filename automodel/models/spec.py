@@ -191,6 +191,11 @@ class DecoderSpec:
     rope: bool = True
     predict_kinds: tuple[AttentionKind, ...] = ()
 
+    @property
+    def scored_dim(self) -> int:
+        """Elements of a head's queries and keys."""
+        return self.head_dim if self.latent is None else self.latent.nope_dim + self.latent.rope_dim
+
 
 def decoder_spec(
     config: PreTrainedConfig,

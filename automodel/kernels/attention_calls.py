@@ -1,0 +1,256 @@
+"""How each attention kernel is called: torch's flash attention, cuDNN, FlashAttention-4, and the reference in torch.
+
+All take queries [B, S, H, d], keys and values [B, S, G, d], and return the output [B, S, H, d] and the log-sum-exp of
+the scores, FP32 [B, S, H]. Their backward passes take both back, possibly changed to include a sink (see `flash`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+_aten = torch.ops.aten
+_Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Call(NamedTuple):
+    """What is not a tensor of the attention; the fields are those of `flash.Spans`, and the scale."""
+
+    starts_N: torch.Tensor | None
+    longest: int
+    window: int
+    scale: float
+
+
+class _Forward(Protocol):
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class _Backward(Protocol):
+    def __call__(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        sums: torch.Tensor,
+        call: Call,
+    ) -> _Triple: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """The two directions of a kernel."""
+
+    forward: _Forward
+    backward: _Backward
+
+
+def _reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_BHST, _, value_BHTd = _scores(query, key, value, call)
+    sums_BHS = torch.logsumexp(scores_BHST, -1)
+    out_BHSd = torch.exp(scores_BHST - sums_BHS.unsqueeze(-1)) @ value_BHTd
+    return out_BHSd.transpose(1, 2).to(query.dtype), sums_BHS.transpose(1, 2).float()
+
+
+def _reference_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    call: Call,
+) -> _Triple:
+    scores_BHST, key_BHTd, value_BHTd = _scores(query, key, value, call)
+    share_BHST = torch.exp(scores_BHST - sums.transpose(1, 2).unsqueeze(-1))
+    grad_BHSd, out_BHSd = (t.transpose(1, 2).to(scores_BHST.dtype) for t in (grad, out))
+    grad_value = share_BHST.mT @ grad_BHSd
+    spread_BHST = grad_BHSd @ value_BHTd.mT - (grad_BHSd * out_BHSd).sum(-1, keepdim=True)
+    grad_scores = share_BHST * spread_BHST * call.scale
+    grad_query = grad_scores @ key_BHTd
+    grad_key = grad_scores.mT @ query.transpose(1, 2).to(scores_BHST.dtype)
+    groups = key.shape[2]
+    shared = (g.unflatten(1, (groups, -1)).sum(2).transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value))
+    return grad_query.transpose(1, 2).to(query.dtype), *shared
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores [B, H, S, S] with -inf where nothing is seen, and keys and values by head, at least in FP32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    repeats = query.shape[2] // key.shape[2]
+    query_BHSd = query.transpose(1, 2).to(wide)
+    key_BHTd, value_BHTd = (t.transpose(1, 2).to(wide).repeat_interleave(repeats, dim=1) for t in (key, value))
+    rows, length = query.shape[:2]
+    at_S = torch.arange(length, device=query.device)
+    back_ST = at_S.unsqueeze(1) - at_S
+    seen_BST = ((back_ST >= 0) & (back_ST < (call.window or length))).expand(rows, -1, -1)
+    if call.starts_N is not None:
+        at_BS = torch.arange(rows * length, device=query.device, dtype=torch.int32).view(rows, length)
+        document_BS = torch.searchsorted(call.starts_N, at_BS, right=True)
+        seen_BST = seen_BST & (document_BS.unsqueeze(2) == document_BS.unsqueeze(1))
+    scores = query_BHSd @ key_BHTd.mT * call.scale
+    return scores.masked_fill(~seen_BST.unsqueeze(1), -torch.inf), key_BHTd, value_BHTd
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors, lengths = _flattened((query, key, value), call)
+    out, sums, *_ = _aten._flash_attention_forward(
+        *tensors, *lengths, 0.0, True, False, scale=call.scale, **_torch_window(call)
+    )
+    return out.view(query.shape), _sums_by_row(sums, query, call)
+
+
+def _flash_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    call: Call,
+) -> _Triple:
+    tensors, lengths = _flattened((grad, query, key, value, out), call)
+    # Without dropout the state of random numbers is not read.
+    random, unused = (torch.zeros(n, dtype=torch.uint64, device=query.device) for n in (2, 0))
+    grads = _aten._flash_attention_backward(
+        *tensors,
+        _sums_by_kernel(sums, call),
+        *lengths,
+        0.0,
+        True,
+        random,
+        unused,
+        scale=call.scale,
+        **_torch_window(call),
+    )
+    return tuple(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True))
+
+
+def _torch_window(call: Call) -> dict[str, int]:
+    return {"window_size_left": call.window - 1, "window_size_right": 0} if call.window else {}
+
+
+def _cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, sums, *_ = _aten._scaled_dot_product_cudnn_attention(
+        *_by_head(query, key, value), None, True, 0.0, True, False, scale=call.scale
+    )
+    return out.transpose(1, 2), sums.view(sums.shape[:3]).transpose(1, 2)
+
+
+def _cudnn_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    call: Call,
+) -> _Triple:
+    length = query.shape[1]
+    random = torch.zeros((), dtype=torch.int64, device=query.device)
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        *_by_head(grad, query, key, value, out),
+        sums.transpose(1, 2).contiguous().unsqueeze(-1),
+        random,
+        random,
+        None,
+        None,
+        None,
+        length,
+        length,
+        0.0,
+        True,
+        scale=call.scale,
+    )
+    return tuple(g.transpose(1, 2) for g in grads)
+
+
+def _by_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def _flash4(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    tensors, _ = _flattened((query, key, value), call)
+    out, sums, *_ = _flash_attn_fwd(*tensors, softmax_scale=call.scale, return_lse=True, **_flash4_options(call))
+    return out.view(query.shape), _sums_by_row(sums, query, call)
+
+
+def _flash4_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    call: Call,
+) -> _Triple:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    (grad, *tensors, out), _ = _flattened((grad, query, key, value, out), call)
+    grads = _flash_attn_bwd(
+        *tensors, out, grad, _sums_by_kernel(sums, call), softmax_scale=call.scale, **_flash4_options(call)
+    )
+    return tuple(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True))
+
+
+def _flash4_options(call: Call) -> dict[str, object]:
+    options: dict[str, object] = {"causal": True}
+    if call.window:
+        options |= {"causal": False, "window_size_left": call.window - 1, "window_size_right": 0}
+    if call.starts_N is not None:
+        options |= {
+            "cu_seqlens_q": call.starts_N,
+            "cu_seqlens_k": call.starts_N,
+            "max_seqlen_q": call.longest,
+            "max_seqlen_k": call.longest,
+        }
+    return options
+
+
+def _flattened(
+    tensors: tuple[torch.Tensor, ...], call: Call
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None, int, int]]:
+    """Tensors and lengths as flash attention takes them: rows one after the other where documents are packed."""
+    if call.starts_N is None:
+        length = tensors[0].shape[1]
+        return list(tensors), (None, None, length, length)
+    return [t.flatten(0, 1) for t in tensors], (call.starts_N, call.starts_N, call.longest, call.longest)
+
+
+def _sums_by_row(sums: torch.Tensor, query: torch.Tensor, call: Call) -> torch.Tensor:
+    """Log-sum-exps [B, S, H] from [B, H, S], or from [H, T] where documents are packed."""
+    if call.starts_N is None:
+        return sums.transpose(1, 2)
+    return sums.t().unflatten(0, query.shape[:2])
+
+
+def _sums_by_kernel(sums_BSH: torch.Tensor, call: Call) -> torch.Tensor:
+    if call.starts_N is None:
+        return sums_BSH.transpose(1, 2).contiguous()
+    return sums_BSH.flatten(0, 1).t().contiguous()
+
+
+KERNELS = {
+    "reference": AttentionKernel(_reference, _reference_backward),
+    "flash": AttentionKernel(_flash, _flash_backward),
+    "cudnn": AttentionKernel(_cudnn, _cudnn_backward),
+    "flash4": AttentionKernel(_flash4, _flash4_backward),
+}
