@@ -23,58 +23,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SEQUENCE = 4096
-VOCABULARY = 151_936
-QWEN3_30B = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": False,
-}
-CASES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-8l": {"model_type": "qwen3_moe", **QWEN3_30B, "num_hidden_layers": 8},
-    "qwen3-30b-24l": {"model_type": "qwen3_moe", **QWEN3_30B, "num_hidden_layers": 24},
-    "qwen3-30b": {"model_type": "qwen3_moe", **QWEN3_30B, "num_hidden_layers": 48},
-    "tiny": {
-        "model_type": "qwen3_moe",
-        **QWEN3_30B,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-    },
-}
-"""Configs; the shapes of the published models with fewer layers."""
+import training_peers
+from training_cases import CASES, flops_per_token
 
+SEQUENCE = 4096
 OURS = {
     "ours": "auto",
     "ours-without-graphs": "auto",
     "ours-eager": {"layers": "eager"},
     "ours-grouped_mm": {"experts": "grouped_mm"},
+    "ours-cudnn": {"sdpa": "cudnn"},
 }
 """Implementation -> our `backend`."""
-TRANSFORMERS = {
-    "transformers-eager": ("eager", False),
-    "transformers": ("grouped_mm", False),
-    "transformers-compiled": ("grouped_mm", True),
-    "liger": ("grouped_mm", False),
-}
-"""Implementation -> transformers' experts_implementation, and whether each layer is compiled."""
-
 
 KINDS = {
     "communication": ("nccl",),
@@ -87,20 +47,6 @@ KINDS = {
 }
 """Kinds of work -> parts of the names of their CUDA kernels; the first that fits counts. The head is dense."""
 _ANNOTATIONS = ("Optimizer.", "nccl:", "Memset")
-
-
-def flops_per_token(config: dict[str, Any], sequence: int) -> float:
-    """Model FLOPs of one token, forward and backward: 6 for each parameter that it meets, and causal attention.
-
-    Attention over S positions, of which half count: forward 4 * heads * head_dim * S / 2 a layer, backward twice that.
-    """
-    hidden, heads, head_dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
-    attention = hidden * (2 * heads + 2 * config["num_key_value_heads"]) * head_dim
-    experts = config["num_experts_per_tok"] * 3 * hidden * config["moe_intermediate_size"]
-    layer = attention + experts + hidden * config["num_experts"]
-    parameters = config["num_hidden_layers"] * layer + hidden * config["vocab_size"]
-    scores = config["num_hidden_layers"] * 3 * 4 * heads * head_dim * sequence / 2
-    return 6 * parameters + scores
 
 
 def main() -> None:
@@ -234,17 +180,11 @@ def _build(arguments: argparse.Namespace, weights: Path) -> tuple[Any, Callable[
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if arguments.child in OURS:
         return _build_ours(arguments, weights, device)
-    from transformers import AutoModelForCausalLM
-
-    experts, compiled = TRANSFORMERS[arguments.child]
-    if arguments.child == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
-
-        apply_liger_kernel_to_qwen3_moe()
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, experts_implementation=experts)
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile()
+    if arguments.child == training_peers.NEMO:
+        model, loss_of = training_peers.nemo_model(weights, device)
+    else:
+        model = training_peers.transformers_model(arguments.child, weights)
+        loss_of = training_peers.transformers_loss(model)
     if arguments.gpus > 1:
         from automodel import MeshConfig
         from automodel.parallel.fsdp import parallelize
@@ -257,7 +197,7 @@ def _build(arguments: argparse.Namespace, weights: Path) -> tuple[Any, Callable[
 
     def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids = ids.to(device, non_blocking=True)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = loss_of(ids)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

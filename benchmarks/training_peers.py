@@ -1,0 +1,120 @@
+"""Other libraries' models for `benchmarks/training.py`: transformers, Liger kernels, NVIDIA NeMo AutoModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How transformers runs a model.
+
+    Attributes:
+        experts: its `experts_implementation`.
+        compiled: `torch.compile` on each layer.
+        liger: Liger's kernels for norms, rope, and head with loss.
+        attention: its `attn_implementation`, None for its choice.
+    """
+
+    experts: str
+    compiled: bool = False
+    liger: bool = False
+    attention: str | None = None
+
+
+TRANSFORMERS = {
+    "transformers-eager": Peer("eager"),
+    "transformers": Peer("grouped_mm"),
+    "transformers-compiled": Peer("grouped_mm", compiled=True),
+    "transformers-flex-compiled": Peer("grouped_mm", compiled=True, attention="flex_attention"),
+    "liger": Peer("grouped_mm", liger=True),
+    "liger-compiled": Peer("grouped_mm", compiled=True, liger=True),
+}
+NEMO = "nemo"
+
+
+def transformers_model(name: str, weights: Path) -> nn.Module:
+    """The model as transformers loads it, on the host."""
+    from transformers import AutoModelForCausalLM
+
+    peer = TRANSFORMERS[name]
+    if peer.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+        # Its experts have no grouped products; those of transformers stay.
+        apply_liger_kernel_to_qwen3_moe(rope=True, rms_norm=True, swiglu=False, fused_linear_cross_entropy=True)
+    attention = {} if peer.attention is None else {"attn_implementation": peer.attention}
+    model = AutoModelForCausalLM.from_pretrained(
+        weights, dtype=torch.bfloat16, experts_implementation=peer.experts, **attention
+    )
+    if peer.compiled:
+        layers = getattr(model, "model", None) or model.backbone
+        for layer in layers.layers:
+            layer.compile()
+    return model
+
+
+def transformers_loss(model: nn.Module) -> Loss:
+    """The loss of a batch of token ids."""
+    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def nemo_model(weights: Path, device: torch.device) -> tuple[nn.Module, Loss]:
+    """NeMo AutoModel's Qwen3-MoE with torch's kernels (grouped_mm experts, SDPA), and its loss."""
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+    from nemo_automodel.components.models.common.utils import BackendConfig
+    from nemo_automodel.components.models.qwen3_moe.model import Qwen3MoeForCausalLM
+    from transformers import AutoConfig
+
+    backend = BackendConfig(
+        attn="sdpa",
+        linear="torch",
+        rms_norm="torch_fp32",
+        experts="torch_mm",
+        dispatcher="torch",
+        enable_hf_state_dict_adapter=False,
+        fake_balanced_gate=False,
+    )
+    with device:
+        model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(weights), backend=backend)
+    model.initialize_weights(buffer_device=device, dtype=torch.bfloat16)
+    _fill(model, weights)
+    cross_entropy = MaskedCrossEntropy(fp32_upcast=False)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        output = model(ids)
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
+        return cross_entropy(getattr(output, "logits", output), labels)
+
+    return model, loss
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Path) -> None:
+    """Copy a repository into NeMo's parameters; its experts are stacked and the other way round."""
+    from safetensors import safe_open
+
+    where = {}
+    for file in sorted(weights.glob("*.safetensors")):
+        opened = safe_open(file, "pt")
+        where.update(dict.fromkeys(opened.keys(), opened))
+
+    def read(name: str) -> torch.Tensor:
+        return where[name].get_tensor(name)
+
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("gate_and_up_projs", "down_projs")):
+            parameter.copy_(read(name))
+            continue
+        experts = name.rpartition(".")[0]
+        parts = ("gate", "up") if name.endswith("gate_and_up_projs") else ("down",)
+        for number in range(len(parameter)):
+            tensors = [read(f"{experts}.{number}.{part}_proj.weight").T for part in parts]
+            parameter[number].copy_(torch.cat(tensors, dim=-1))
