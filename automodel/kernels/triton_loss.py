@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+_SCALED = 8192
+
 
 @triton.jit
 def _softmax_gradient(logits, labels, losses, divisor, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
