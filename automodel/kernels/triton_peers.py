@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 16_384
+_TILE = 8192
 """Elements of a block's pairs times experts."""
 
 

@@ -104,7 +104,7 @@ class Mailbox:
                 deadline = deadline or time.monotonic() + TIMEOUT_SECONDS
                 if time.monotonic() > deadline:
                     raise CkptError(
-                        f"process {rank} of the expert-parallel group did not exchange tokens for {TIMEOUT_SECONDS:g} s",
+                        f"process {rank} of the expert-parallel group sent no tokens for {TIMEOUT_SECONDS:g} s",
                         hint="its own output says why it stopped",
                     )
                 time.sleep(0)

@@ -183,9 +183,7 @@ class _Exchange:
         _part(self.out.own, 0, self.dtype, grad.shape).copy_(grad)
         self.out.barrier()
 
-    def fetch(
-        self, own: torch.Tensor, placement: Placement, *, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def fetch(self, own: torch.Tensor, placement: Placement, *, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What was sent, as rows sorted by expert; and as it came, for `rows_again`."""
         kept = own.new_empty(self.peers.size - 1, self.tokens, self.columns) if keep else None
         rows = triton_peers.spread(
@@ -195,9 +193,7 @@ class _Exchange:
 
     def rows_again(self, own: torch.Tensor, kept: torch.Tensor, placement: Placement, scale: float) -> torch.Tensor:
         """The rows of `fetch`, times `scale`."""
-        return triton_peers.spread(
-            own, placement.place_WTK, self.peers.rank, self.bound, kept_STD=kept, scale=scale
-        )
+        return triton_peers.spread(own, placement.place_WTK, self.peers.rank, self.bound, kept_STD=kept, scale=scale)
 
     def send_sums(
         self,

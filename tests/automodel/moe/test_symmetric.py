@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,7 @@ from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, GatedActivation
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.kernels.triton_rows import activation_form
-from automodel.moe.peers import Mailbox, Peers
+from automodel.moe.peers import Peers
 from automodel.moe.symmetric import ExpertsOfPeers, experts_of_peers
 from tests.automodel.moe.file_peers import FilePeers
 from tests.automodel.ranks import run_ranks
@@ -138,3 +137,77 @@ def assert_same(problem: Problem, again: bool = False) -> None:
 )
 def test_values_and_all_gradients_are_those_of_one_process(problem: Problem) -> None:
     assert_same(problem)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_layers_share_buffers_forward_backward_and_when_run_again(again: bool) -> None:
+    assert_same(Problem((6, 4), experts=7, busy=7, layers=3), again)
+
+
+def test_buffers_grow_for_the_process_with_most_tokens_and_serve_fewer() -> None:
+    problems = [Problem(tokens, experts=4, busy=4) for tokens in ((3, 2), (2, 7), (5, 5), (0, 0), (1, 0))]
+
+    def one_after_another(directory: str) -> tuple[list[Tensor], int]:
+        peers = FilePeers(directory)
+        mine = slice(2 * peers.rank, 2 * peers.rank + 2)
+        outs = []
+        for problem in problems:
+            parameters = [p[mine] for p in problem.parameters(torch.float32)[0]]
+            outs.append(run_layers(problem, peers, *problem.inputs(torch.float32)[peers.rank], [parameters], False))
+        return outs, peers.made
+
+    with tempfile.TemporaryDirectory() as directory:
+        ranks = run_ranks(2, one_after_another, directory)
+    for outs in zip(problems, *(outs for outs, _ in ranks), strict=True):
+        exact = reference(outs[0])[0]
+        torch.testing.assert_close(torch.cat(outs[1:]).double(), exact, rtol=2e-5, atol=1e-5)
+    assert [made for _, made in ranks] == [4, 4]
+
+
+def test_half_precision_is_rounded_once_a_process() -> None:
+    def halves(directory: str) -> Tensor:
+        peers = FilePeers(directory)
+        x, index, weight = Problem((6, 6), experts=4, busy=4).inputs(torch.float16)[peers.rank]
+        parameters = [p[2 * peers.rank :][:2] for p in Problem((), 4, 4).parameters(torch.float16)[0]]
+        division = ExpertsOfPeers(peers, 2, 2, activation_form(SWIGLU))
+        return experts_of_peers(x, index, weight, division, *parameters)
+
+    with tempfile.TemporaryDirectory() as directory:
+        out = torch.cat(run_ranks(2, halves, directory))
+    problem = Problem((6, 6), experts=4, busy=4)
+    exact = reference(problem)[0] - torch.cat([x for x, _, _ in problem.inputs(torch.float64)])
+    assert out.dtype == torch.float16
+    assert (out.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> None:
+    def step(directory: str, dispatch: str) -> tuple[float, list[Tensor], str]:
+        from automodel import backends
+        from automodel.models import decoder
+        from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
+        from automodel.parallel import expert
+        from automodel.parallel.fsdp import parallelize
+        from automodel.parallel.mesh import MeshConfig
+        from tests.automodel.tiny import batch, moe_config
+
+        backends.fused_obstacle = lambda *_: None
+        expert.open_peers = lambda *_: FilePeers(directory)
+        decoder._compiled_layer = lambda: torch.compile(decoder.DecoderLayer._run, backend="eager")
+        torch.manual_seed(0)
+        model = NeMoQwen3MoeForCausalLM(moe_config(), {"dispatch": dispatch, "layers": "compiled"}).train()
+        parallelize(model, MeshConfig(dp_shard=1, ep=2).build())
+        rows = batch(4)[2 * torch.distributed.get_rank() :][:2]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        kernels = {row.layer: row.kernel for row in model.backend_report().rows}
+        return loss.item(), [p.grad.full_tensor() for p in model.parameters()], kernels["dispatch"]
+
+    results = []
+    for dispatch in ("all_to_all", "auto"):
+        with tempfile.TemporaryDirectory() as directory:
+            results.append(run_ranks(2, step, directory, dispatch))
+    for collective, symmetric in zip(*results, strict=True):
+        assert (collective[2], symmetric[2]) == ("all_to_all", "symmetric")
+        assert symmetric[0] == pytest.approx(collective[0], rel=1e-5)
+        for theirs, ours in zip(collective[1], symmetric[1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
