@@ -60,7 +60,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Configs; the shapes of the published models with fewer layers."""
 
-OURS = {"ours": "auto", "ours-eager": {"layers": "eager"}, "ours-grouped_mm": {"experts": "grouped_mm"}}
+OURS = {
+    "ours": "auto",
+    "ours-eager": {"layers": "eager"},
+    "ours-grouped_mm": {"experts": "grouped_mm"},
+    "ours-all_to_all": {"dispatch": "all_to_all"},
+    "ours-symmetric": {"dispatch": "symmetric"},
+}
 """Implementation -> our `backend`."""
 TRANSFORMERS = {
     "transformers-eager": ("eager", False),
@@ -72,7 +78,7 @@ TRANSFORMERS = {
 
 
 KINDS = {
-    "communication": ("nccl",),
+    "communication": ("nccl", "barrier_kernel", "_spread_tokens", "_sum_for_peers", "_sum_own", "_publish"),
     "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq"),
     "experts": ("enable_3x_kernel_for_sm9x", "_activate", "_gather_rows", "_spread_rows", "_sum_rows", "RadixSort"),
     "loss": ("_softmax_gradient", "SoftMax"),

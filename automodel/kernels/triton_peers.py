@@ -56,7 +56,7 @@ def _publish(
 
 
 @triton.jit
-def _count(
+def _count_choices(
     table, offset, expert, counts, pairs, first, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     block, source = tl.program_id(0), tl.program_id(1)
@@ -72,7 +72,7 @@ def _count(
 
 
 @triton.jit
-def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
+def _scan_counts(counts, totals, blocks, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     block = tl.arange(0, BLOCK)
     own = counts + expert * blocks + block
@@ -82,7 +82,7 @@ def _scan(counts, totals, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(
+def _place_pairs(
     expert, before, totals, table, offset, place, weight, expert_of_row, ends, pairs,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, WITH_EXPERT: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _place(
 
 
 @triton.jit
-def _spread(
+def _spread_tokens(
     own, table, kept, place, out, rank, tokens, scale, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, FETCH: tl.constexpr, KEEP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -267,12 +267,12 @@ def place_tokens(
     counts = torch.empty(experts, processes * blocks, dtype=torch.int32, device=device)
     totals, ends = torch.empty(2, experts, dtype=torch.int32, device=device)
     grid = (blocks, processes)
-    _count[grid](table_W, index_offset, expert, counts, pairs, first, experts, bins, block, num_warps=8)
+    _count_choices[grid](table_W, index_offset, expert, counts, pairs, first, experts, bins, block, num_warps=4)
     across = triton.next_power_of_2(processes * blocks)
-    _scan[(experts,)](counts, totals, processes * blocks, across, num_warps=max(1, min(16, across // 256)))
-    _place[grid](
+    _scan_counts[(experts,)](counts, totals, processes * blocks, across, num_warps=max(1, min(16, across // 256)))
+    _place_pairs[grid](
         expert, counts, totals, table_W, weight_offset, place, weight, expert_of_row, ends, pairs,
-        experts, bins, block, with_expert, num_warps=8,
+        experts, bins, block, with_expert, num_warps=4,
     )  # fmt: skip
     return Placement(place, weight, ends, expert_of_row if with_expert else None)
 
@@ -299,7 +299,7 @@ def spread(
     out = own_ND.new_empty(rows, columns)
     if rows:
         block, choices = triton.next_power_of_2(columns), triton.next_power_of_2(top_k)
-        _spread[(processes * tokens,)](
+        _spread_tokens[(processes * tokens,)](
             own_ND, table_W, kept_STD, place_WTK, out, rank, tokens, scale, columns, top_k, processes,
             block, choices, table_W is not None, kept_STD is not None, scale != 1.0, num_warps=_warps(block),
         )  # fmt: skip
