@@ -120,6 +120,8 @@ class SymmetricBuffer:
 
         # An allocation of its own: what torch takes from a pool begins somewhere in a peer's block.
         self.own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+        # Its signals are cleared on a stream of torch's choosing; nobody may signal before.
+        torch.cuda.synchronize(device)
         self._handle = _symmetric_memory.rendezvous(self.own, group_name)
         starts = [self._handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(peers.size)]
         if starts[peers.rank] != self.own.data_ptr():

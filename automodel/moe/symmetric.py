@@ -2,7 +2,8 @@
 
 One autograd function: tokens are fetched from the memory of their processes, go through the experts held here, and
 their sums return the same way. The host never learns how many rows an expert has: buffers of rows have the size of the
-worst case, in which every token of the group chooses as many experts here as it can.
+worst case, in which every token of the group chooses as many experts here as it can. Where that is much more than an
+even load, none of them outlives the forward pass, and the first projection is computed again in the backward pass.
 
 Legend: W processes, N tokens of this process, T tokens of the process that has most, K experts a token, D hidden,
 E experts held here, M = W * T * min(K, E) rows at most, S = W - 1 other processes.
@@ -22,6 +23,8 @@ from automodel.kernels.triton_rows import ActivationForm
 from automodel.moe.peers import Peers
 
 _ALIGNMENT = 256
+_KEPT_LOAD = 2
+"""The first projection's output is kept for the backward pass where the worst case is up to so many even loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class _ExpertsOfPeers(torch.autograd.Function):
         rows = grouped(activated, down.transpose(-2, -1), ends)
         del activated
         ctx.save_for_backward(
-            x, weight, fetched, index, h, gate_up, down, gate_up_bias, down_bias,
+            x, weight, fetched, index, h if exchange.keeps_projected else None, gate_up, down, gate_up_bias, down_bias,
             placement.place_WTK, placement.weight_M, ends, placement.expert_M,
         )  # fmt: skip
         ctx.layer, ctx.tokens = layer, tokens
@@ -122,6 +125,10 @@ class _ExpertsOfPeers(torch.autograd.Function):
 
         grad = grad.contiguous()
         exchange.send_gradients(grad)
+        if h is None:
+            rows = exchange.rows_again(x, fetched, placement, 1.0)
+            h = grouped(rows, gate_up.transpose(-2, -1), ends)
+            del rows
         grad_rows, _ = exchange.fetch(grad, placement, keep=False)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
             h, placement.weight_M, grouped(grad_rows, down, ends), layer.form,
@@ -133,7 +140,7 @@ class _ExpertsOfPeers(torch.autograd.Function):
             grads[5] = triton_rows.sum_by_expert(grad_rows, ends, placement.weight_M) * scale
         if down_bias is not None:
             triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, placement.expert_M, used)
-        del grad_rows, activated
+        del grad_rows, activated, h
         grad_rows = grouped(grad_h, gate_up, ends)
         exchange.send_sums(grad_rows, placement, None, grad_weight)
         # Between sending and collecting, so that a process that is late keeps nobody waiting.
@@ -158,6 +165,10 @@ class _Exchange:
         self.gradient_at = _aligned(others * tokens * self.columns * self.dtype.itemsize)
         self.out = self.peers.outward(token_bytes + 2 * choice_bytes)
         self.home = self.peers.homeward(max(self.gradient_at + _aligned(4 * others * tokens * top_k), _ALIGNMENT))
+
+    @property
+    def keeps_projected(self) -> bool:
+        return self.bound <= _KEPT_LOAD * self.tokens * self.top_k
 
     def send_tokens(
         self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, *, with_expert: bool
