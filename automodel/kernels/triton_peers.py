@@ -40,31 +40,35 @@ class Placement:
 
 @triton.jit
 def _publish(
-    x, index, weight, to_x, to_index, to_weight, tokens,
-    C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    x, index, weight, table, index_offset, weight_offset, rank, tokens,
+    C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, WITH_CHOICES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    choice = tl.arange(0, CHOICES)
-    pair = token * K + choice
+    own = tl.load(table + rank)
     if token < tokens:
         column = tl.arange(0, BLOCK)
-        tl.store(to_x + token * C + column, tl.load(x + token * C + column, mask=column < C), mask=column < C)
-        tl.store(to_index + pair, tl.load(index + pair, mask=choice < K).to(tl.int32), mask=choice < K)
-        tl.store(to_weight + pair, tl.load(weight + pair, mask=choice < K).to(tl.float32), mask=choice < K)
-    else:
-        tl.store(to_index + pair, tl.full([CHOICES], -1, tl.int32), mask=choice < K)
+        to = tl.multiple_of(own.to(tl.pointer_type(x.dtype.element_ty)), 16)
+        tl.store(to + token * C + column, tl.load(x + token * C + column, mask=column < C), mask=column < C)
+    if WITH_CHOICES:
+        choice = tl.arange(0, CHOICES)
+        pair = token * K + choice
+        there = (choice < K) & (token < tokens)
+        to_index = (own + index_offset).to(tl.pointer_type(tl.int32))
+        to_weight = (own + weight_offset).to(tl.pointer_type(tl.float32))
+        tl.store(to_index + pair, tl.load(index + pair, mask=there, other=-1).to(tl.int32), mask=choice < K)
+        tl.store(to_weight + pair, tl.load(weight + pair, mask=there, other=0.0).to(tl.float32), mask=choice < K)
 
 
 @triton.jit
 def _count_choices(
-    table, offset, expert, counts, pairs, first, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    table, offset, place, counts, pairs, first, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     block, source = tl.program_id(0), tl.program_id(1)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     chosen = (tl.load(table + source) + offset).to(tl.pointer_type(tl.int32))
     here = tl.load(chosen + pair, mask=pair < pairs, other=-1) - first
     here = tl.where((pair < pairs) & (here >= 0) & (here < E), here, -1)
-    tl.store(expert + source.to(tl.int64) * pairs + pair, here, mask=pair < pairs)
+    tl.store(place + source.to(tl.int64) * pairs + pair, here, mask=pair < pairs)
     bins = tl.arange(0, BINS)
     count = tl.sum((here[:, None] == bins[None, :]).to(tl.int32), axis=0)
     blocks = tl.num_programs(0)
@@ -83,7 +87,7 @@ def _scan_counts(counts, totals, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place_pairs(
-    expert, before, totals, table, offset, place, weight, expert_of_row, ends, pairs,
+    place, before, totals, table, offset, weight, expert_of_row, ends, pairs,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, WITH_EXPERT: tl.constexpr,
 ):  # fmt: skip
     block, source = tl.program_id(0), tl.program_id(1)
@@ -98,7 +102,8 @@ def _place_pairs(
 
     pair = block * BLOCK + tl.arange(0, BLOCK)
     of_source = source.to(tl.int64) * pairs
-    here = tl.load(expert + of_source + pair, mask=pair < pairs, other=-1)
+    # The expert, from `_count_choices`; the row takes its place.
+    here = tl.load(place + of_source + pair, mask=pair < pairs, other=-1)
     mine = here[:, None] == bins[None, :]
     one = mine.to(tl.int32)
     rows = tl.where(mine, tl.cumsum(one, 0) - one + first[None, :], 0)
@@ -163,7 +168,7 @@ def _sum_rows_here(
 
 @triton.jit
 def _sum_for_peers(
-    rows, place, weight, bias, expert, grad_weight, out, out_weight, rank, tokens,
+    rows, place, weight, bias, expert, grad_weight, table, weight_offset, rank, tokens,
     C: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -176,9 +181,12 @@ def _sum_for_peers(
         column = tl.arange(0, BLOCK)
         inside = column < C
         total = _sum_rows_here(rows, place, pair, column, inside, weight, bias, expert, C, K, BLOCK, HAS_BIAS)
+        own = tl.load(table + rank)
+        out = tl.multiple_of(own.to(tl.pointer_type(rows.dtype.element_ty)), 16)
         to = slot * tokens + token
-        tl.store(out + to * C + column, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + to * C + column, total.to(rows.dtype.element_ty), mask=inside)
         if WITH_WEIGHT:
+            out_weight = (own + weight_offset).to(tl.pointer_type(tl.float32))
             value = tl.load(grad_weight + row, mask=row >= 0, other=0.0)
             tl.store(out_weight + to * K + choice, value, mask=choice < K)
 
@@ -218,19 +226,31 @@ def _sum_own(
 
 def publish(
     x_ND: torch.Tensor,
-    index_NK: torch.Tensor,
-    weight_NK: torch.Tensor,
-    to_x_TD: torch.Tensor,
-    to_index_TK: torch.Tensor,
-    to_weight_TK: torch.Tensor,
+    table_W: torch.Tensor,
+    rank: int,
+    tokens: int,
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None,
+    offsets: tuple[int, int] = (0, 0),
 ) -> None:
-    """Copy this process's tokens, choices (int32) and weights (FP32) to where the others read; N may be less than T."""
-    (tokens, columns), (largest, top_k) = x_ND.shape, to_index_TK.shape
-    block, choices = triton.next_power_of_2(columns), triton.next_power_of_2(top_k)
-    _publish[(largest,)](
-        x_ND, index_NK, weight_NK, to_x_TD, to_index_TK, to_weight_TK, tokens,
-        columns, top_k, block, choices, num_warps=_warps(block),
-    )  # fmt: skip
+    """Copy this process's tokens to its own buffer, where the others read.
+
+    Args:
+        x_ND: N tokens, contiguous.
+        table_W: int64 addresses of the processes' buffers.
+        tokens: T, at least N; the choices from N on say that there is no token.
+        choices: the experts and the routing weights [N, K], copied as int32 and FP32 [T, K].
+        offsets: bytes into the buffer where those two begin.
+    """
+    count, columns = x_ND.shape
+    index, weight = choices or (None, None)
+    top_k = 1 if index is None else index.shape[1]
+    block = triton.next_power_of_2(columns)
+    programs = count if index is None else tokens
+    if programs:
+        _publish[(programs,)](
+            x_ND, index, weight, table_W, *offsets, rank, count,
+            columns, top_k, block, triton.next_power_of_2(top_k), index is not None, num_warps=_warps(block),
+        )  # fmt: skip
 
 
 def place_tokens(
@@ -263,15 +283,14 @@ def place_tokens(
     bins = triton.next_power_of_2(experts)
     block = max(16, _TILE // bins)
     blocks = triton.cdiv(pairs, block)
-    expert = torch.empty_like(place)
     counts = torch.empty(experts, processes * blocks, dtype=torch.int32, device=device)
     totals, ends = torch.empty(2, experts, dtype=torch.int32, device=device)
     grid = (blocks, processes)
-    _count_choices[grid](table_W, index_offset, expert, counts, pairs, first, experts, bins, block, num_warps=4)
+    _count_choices[grid](table_W, index_offset, place, counts, pairs, first, experts, bins, block, num_warps=4)
     across = triton.next_power_of_2(processes * blocks)
     _scan_counts[(experts,)](counts, totals, processes * blocks, across, num_warps=max(1, min(16, across // 256)))
     _place_pairs[grid](
-        expert, counts, totals, table_W, weight_offset, place, weight, expert_of_row, ends, pairs,
+        place, counts, totals, table_W, weight_offset, weight, expert_of_row, ends, pairs,
         experts, bins, block, with_expert, num_warps=4,
     )  # fmt: skip
     return Placement(place, weight, ends, expert_of_row if with_expert else None)
@@ -310,18 +329,21 @@ def sum_for_peers(
     rows_MD: torch.Tensor,
     placement: Placement,
     rank: int,
-    out_STD: torch.Tensor,
+    table_W: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     grad_weight_M: torch.Tensor | None = None,
-    out_weight_STK: torch.Tensor | None = None,
+    weight_offset: int = 0,
 ) -> None:
-    """For each token of the other processes, the sum of its rows here, where its process will read it.
+    """For each token of the other processes the sum of its rows here, in this process's buffer, for `sum_own` there.
+
+    The buffer holds [W - 1, T, C] in the dtype of the rows, for the processes after this one in turn; tokens without
+    rows here are left out.
 
     Args:
-        out_STD: [W - 1, T, C], for the processes after this one, in turn; tokens without rows here are left out.
+        table_W: int64 addresses of the processes' buffers.
         bias: [E, C], of which each row counts its weight times that of its expert.
-        grad_weight_M: FP32, given to the tokens' processes too, as `out_weight_STK` [W - 1, T, K].
+        grad_weight_M: FP32, given to the tokens' processes too, [W - 1, T, K] from `weight_offset` bytes on.
     """
     processes, tokens, top_k = placement.place_WTK.shape
     if len(rows_MD) and processes > 1:
@@ -329,7 +351,7 @@ def sum_for_peers(
         block, choices = triton.next_power_of_2(columns), triton.next_power_of_2(top_k)
         _sum_for_peers[(tokens, processes - 1)](
             rows_MD, placement.place_WTK, placement.weight_M, bias, placement.expert_M, grad_weight_M,
-            out_STD, out_weight_STK, rank, tokens, columns, top_k, processes, block, choices,
+            table_W, weight_offset, rank, tokens, columns, top_k, processes, block, choices,
             bias is not None, grad_weight_M is not None, num_warps=_warps(block),
         )  # fmt: skip
 
@@ -351,8 +373,7 @@ def sum_own(
 
     Args:
         index_NK: expert of each choice of this process's tokens; `chunk` experts are held by each process.
-        table_W: addresses of the processes' `out_STD`; `weight_offset` bytes later their `out_weight_STK`.
-        bias, grad_weight_M: as for `sum_for_peers`.
+        table_W, weight_offset, bias, grad_weight_M: as for `sum_for_peers`.
 
     Returns:
         [N, C] in the dtype of the rows; with `grad_weight_M` also the gradient of each choice's weight [N, K].

@@ -174,24 +174,15 @@ class _Exchange:
         self, x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, *, with_expert: bool
     ) -> Placement:
         """Show the tokens and their choices to the others, and find the rows of all tokens among the experts here."""
-        own, choices = self.out.own, (self.tokens, self.top_k)
-        triton_peers.publish(
-            x,
-            index,
-            weight,
-            _part(own, 0, self.dtype, (self.tokens, self.columns)),
-            _part(own, self.index_at, torch.int32, choices),
-            _part(own, self.weight_at, torch.float32, choices),
-        )
+        table, rank, offsets = self.out.table, self.peers.rank, (self.index_at, self.weight_at)
+        triton_peers.publish(x, table, rank, self.tokens, (index, weight), offsets)
         self.out.barrier()
-        first = self.peers.rank * self.layer.chunk
-        return triton_peers.place_tokens(
-            self.out.table, self.index_at, self.weight_at, *choices, first, self.layer.held, with_expert=with_expert
-        )
+        first, held = rank * self.layer.chunk, self.layer.held
+        return triton_peers.place_tokens(table, *offsets, self.tokens, self.top_k, first, held, with_expert=with_expert)
 
     def send_gradients(self, grad: torch.Tensor) -> None:
         """Show the gradients of the tokens' results to the others."""
-        _part(self.out.own, 0, self.dtype, grad.shape).copy_(grad)
+        triton_peers.publish(grad, self.out.table, self.peers.rank, self.tokens)
         self.out.barrier()
 
     def fetch(self, own: torch.Tensor, placement: Placement, *, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -214,15 +205,14 @@ class _Exchange:
         grad_weight: torch.Tensor | None = None,
     ) -> None:
         """Add up the rows of the others' tokens where they will collect them."""
-        others, own = self.peers.size - 1, self.home.own
         triton_peers.sum_for_peers(
             rows,
             placement,
             self.peers.rank,
-            _part(own, 0, self.dtype, (others, self.tokens, self.columns)),
+            self.home.table,
             bias=bias,
             grad_weight_M=grad_weight,
-            out_weight_STK=_part(own, self.gradient_at, torch.float32, (others, self.tokens, self.top_k)),
+            weight_offset=self.gradient_at,
         )
 
     def collect(
@@ -248,13 +238,6 @@ class _Exchange:
             weight_offset=self.gradient_at,
             weight_dtype=weight_dtype,
         )
-
-
-def _part(buffer: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return buffer[start : start + size].view(dtype).view(shape)
 
 
 def _aligned(size: int) -> int:
