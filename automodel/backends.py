@@ -32,8 +32,10 @@ _logger = get_logger(__name__)
 ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused"]
 NormChoice = Literal["auto", "torch", "fused"]
 MambaChoice = Literal["auto", "torch", "fused"]
+DispatchChoice = Literal["auto", "all_to_all", "symmetric"]
 LinearAttentionChoice = Literal["auto", "torch", "fla"]
 NormKernel = Literal["torch", "fused"]
+DispatchKernel = Literal["all_to_all", "symmetric"]
 SdpaChoice = Literal["auto", "torch", "cudnn", "flash4"]
 LayersChoice = Literal["auto", "eager", "compiled"]
 LossChoice = Literal["auto", "torch", "fused"]
@@ -48,18 +50,21 @@ class Backend:
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
             Triton kernels around the products.
+        dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
+            host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
         linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
             flash-linear-attention, and causal-conv1d where that is installed.
-        sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, and packed documents and sliding
-            windows to its masks; `"cudnn"` prefers cuDNN's kernel, `"flash4"` is FlashAttention-4, and both run
-            documents and windows without masks, by a flash attention.
+        sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, and packed documents and
+            sliding windows to its masks; `"cudnn"` prefers cuDNN's kernel, `"flash4"` is FlashAttention-4, and both
+            run documents and windows without masks, by a flash attention.
         layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
         loss: `"fused"` computes head and loss by chunks, where the caller passes `skip_logits=True`.
     """
 
     experts: ExpertsChoice = "auto"
+    dispatch: DispatchChoice = "auto"
     norm: NormChoice = "auto"
     mamba: MambaChoice = "auto"
     sdpa: SdpaChoice = "auto"
@@ -96,6 +101,7 @@ class Backend:
 
 _CHOICES = {
     "experts": ExpertsChoice,
+    "dispatch": DispatchChoice,
     "norm": NormChoice,
     "mamba": MambaChoice,
     "linear_attention": LinearAttentionChoice,
@@ -103,7 +109,10 @@ _CHOICES = {
     "layers": LayersChoice,
     "loss": LossChoice,
 }
-_REFERENCE = {layer: "torch" if "torch" in get_args(choice) else "eager" for layer, choice in _CHOICES.items()}
+_REFERENCES = ("torch", "eager", "all_to_all")
+_REFERENCE = {
+    layer: next(name for name in _REFERENCES if name in get_args(choice)) for layer, choice in _CHOICES.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,13 @@ class ResolvedExperts(Resolved):
     """`Resolved` for experts."""
 
     kernel: ExpertsKernel = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDispatch(Resolved):
+    """`Resolved` for the dispatch of tokens to experts."""
+
+    kernel: DispatchKernel = "all_to_all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,27 @@ def resolve_experts(
             raise UsageError(f"the experts backend {kernel} cannot run here: {found}", hint='use backend="auto"')
         reason = found
     return ResolvedExperts("torch", reason)
+
+
+def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | None) -> ResolvedDispatch:
+    """How tokens reach experts on other processes.
+
+    Args:
+        experts: the kernel that multiplies; symmetric dispatch is part of the fused one.
+        obstacle: why the processes cannot read each other's memory, None where they can.
+
+    Raises:
+        UsageError: `symmetric` was asked for by name and cannot run.
+    """
+    if backend.dispatch == "all_to_all":
+        return ResolvedDispatch("all_to_all", "asked for")
+    if obstacle is None and experts != "fused":
+        obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
+    if obstacle is None:
+        return ResolvedDispatch("symmetric")
+    if backend.dispatch == "symmetric":
+        raise UsageError(f"the dispatch backend symmetric cannot run here: {obstacle}", hint='use backend="auto"')
+    return ResolvedDispatch("all_to_all", obstacle)
 
 
 def resolve_mamba(

@@ -33,11 +33,13 @@ OURS = {
     "ours-eager": {"layers": "eager"},
     "ours-grouped_mm": {"experts": "grouped_mm"},
     "ours-cudnn": {"sdpa": "cudnn"},
+    "ours-all_to_all": {"dispatch": "all_to_all"},
+    "ours-symmetric": {"dispatch": "symmetric"},
 }
 """Implementation -> our `backend`."""
 
 KINDS = {
-    "communication": ("nccl",),
+    "communication": ("nccl", "barrier_kernel", "_spread_tokens", "_sum_for_peers", "_sum_own", "_publish"),
     "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq"),
     "experts": ("enable_3x_kernel_for_sm9x", "_activate", "_gather_rows", "_spread_rows", "_sum_rows", "RadixSort"),
     "loss": ("_softmax_gradient", "SoftMax"),

@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- gpu-tables:begin (scripts/performance_tables.py) -->", "<!-- gpu-tables:end -->"
 TITLES = {
     "ours": "this project",
+    "ours-all_to_all": "this project, experts through all-to-all",
     "transformers": "transformers, grouped_mm",
     "transformers-compiled": "transformers, grouped_mm, layers compiled",
     "transformers-eager": "transformers, eager experts",
@@ -75,10 +76,30 @@ def experts(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def dispatch(document: Document) -> str:
+    """The table of `dispatch.json`."""
+    shape = document["shape"]
+    lines = [
+        f"**One expert block over {document['gpus']} x {document['gpu']}**: hidden {shape['hidden']}, "
+        f"{shape['experts']} experts of width {shape['width']}, top {shape['top_k']}, uneven load.",
+        "",
+        "| dispatch | tokens/GPU | forward ms | forward and backward ms | host ms | peak GB | in kernels, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in row["kernels_ms"].items() if value)
+        lines.append(
+            f"| {row['dispatch']} | {row['tokens']:,} | {row['forward_ms']:.2f} | {row['forward_backward_ms']:.2f} "
+            f"| {row['host_ms']:.2f} | {row['peak_gb']:.2f} | {kinds} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def render(results: Path) -> str:
     """All tables, in the order of their files."""
     parts = [training(_read(path)) for path in sorted(results.glob("training-*.json"))]
     parts += [experts(_read(path)) for path in sorted(results.glob("experts.json"))]
+    parts += [dispatch(_read(path)) for path in sorted(results.glob("dispatch.json"))]
     return "\n".join(parts)
 
 

@@ -17,6 +17,8 @@ import triton.language as tl
 from automodel.kernels.activations import ClampedSwiGLU, GatedActivation, Ungated, is_relu_squared, is_swiglu
 
 _SWIGLU, _CLAMPED, _RELU_SQUARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_LIMITED_PROGRAMS = 4096
+"""Programs over rows of which the device knows how many there are: two waves on the largest GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,10 @@ def _gate_and_up(h, bias, expert, row, column, inside, F: tl.constexpr, PARTS: t
 
 
 @triton.jit
-def _activate(
-    h, bias, expert, weight, out, alpha, limit,
+def _activate_row(
+    row, h, bias, expert, weight, out, alpha, limit,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < F
     gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
@@ -87,11 +88,26 @@ def _activate(
 
 
 @triton.jit
-def _activate_backward(
-    h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit,
+def _activate(
+    h, bias, expert, weight, out, used, alpha, limit,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LIMITED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if LIMITED:
+        end = tl.load(used).to(tl.int64)
+        while row < end:
+            _activate_row(row, h, bias, expert, weight, out, alpha, limit, F, PARTS, BLOCK, KIND, HAS_BIAS)
+            row += tl.num_programs(0)
+    else:
+        _activate_row(row, h, bias, expert, weight, out, alpha, limit, F, PARTS, BLOCK, KIND, HAS_BIAS)
+
+
+@triton.jit
+def _activate_backward_row(
+    row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < F
     gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
@@ -99,12 +115,34 @@ def _activate_backward(
     grad_value = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.load(weight + row)
     tl.store(grad_weight + row, tl.sum(grad_value * value))
-    tl.store(out + row * F + column, (value * share).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * F + column, (value * share * scale).to(out.dtype.element_ty), mask=inside)
     grad_value *= share
     to = grad_h + row * PARTS * F + column
     tl.store(to, (grad_value * by_gate).to(grad_h.dtype.element_ty), mask=inside)
     if PARTS == 2:
         tl.store(to + F, (grad_value * by_up).to(grad_h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate_backward(
+    h, bias, expert, weight, grad, grad_h, out, grad_weight, used, alpha, limit, scale,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LIMITED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if LIMITED:
+        end = tl.load(used).to(tl.int64)
+        while row < end:
+            _activate_backward_row(
+                row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
+                F, PARTS, BLOCK, KIND, HAS_BIAS,
+            )  # fmt: skip
+            row += tl.num_programs(0)
+    else:
+        _activate_backward_row(
+            row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
+            F, PARTS, BLOCK, KIND, HAS_BIAS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -148,10 +186,12 @@ def _sum_rows(
 
 
 @triton.jit
-def _dot_with_bias(rows, bias, expert, out, C: tl.constexpr, BLOCK: tl.constexpr):
+def _dot_with_bias(rows, bias, expert, out, used, C: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < C
+    if LIMITED:
+        inside &= row < tl.load(used)
     own = bias + tl.load(expert + row).to(tl.int64) * C
     product = tl.load(rows + row * C + column, mask=inside, other=0.0).to(tl.float32)
     product *= tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
@@ -188,6 +228,7 @@ def activate(
     form: ActivationForm,
     bias: torch.Tensor | None = None,
     expert: torch.Tensor | None = None,
+    used: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(gate + bias, up + bias) * weight.
 
@@ -195,6 +236,7 @@ def activate(
         h: [M, 2F], gate then up, before the bias; [M, F] for a form of one part.
         weight: FP32 [M].
         bias: [E, 2F] or [E, F], with `expert`, int [M], the expert of each row.
+        used: int32 [1], where fewer than the M rows are used: how many; the others stay undefined.
 
     Returns:
         [M, F] in the dtype of `h`.
@@ -203,9 +245,9 @@ def activate(
     out = h.new_empty(rows, width)
     if rows:
         block = triton.next_power_of_2(width)
-        _activate[(rows,)](
-            h, bias, expert, weight, out, form.alpha, form.limit,
-            width, form.parts, block, form.kind, bias is not None, num_warps=_warps(block),
+        _activate[(_programs(rows, used),)](
+            h, bias, expert, weight, out, used, form.alpha, form.limit,
+            width, form.parts, block, form.kind, bias is not None, used is not None, num_warps=_warps(block),
         )  # fmt: skip
     return out
 
@@ -217,15 +259,17 @@ def activate_backward(
     form: ActivationForm,
     bias: torch.Tensor | None = None,
     expert: torch.Tensor | None = None,
+    used: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of `h` [M, 2F], the output of `activate` once more [M, F], and the gradient of `weight` [M]."""
+    """The gradient of `h` [M, 2F], the output of `activate` times `scale` [M, F], and the gradient of `weight` [M]."""
     grad_h, out, grad_weight = torch.empty_like(h), torch.empty_like(grad), torch.empty_like(weight)
     rows, width = grad.shape
     if rows:
         block = triton.next_power_of_2(width)
-        _activate_backward[(rows,)](
-            h, bias, expert, weight, grad, grad_h, out, grad_weight, form.alpha, form.limit,
-            width, form.parts, block, form.kind, bias is not None, num_warps=_warps(block),
+        _activate_backward[(_programs(rows, used),)](
+            h, bias, expert, weight, grad, grad_h, out, grad_weight, used, form.alpha, form.limit, scale,
+            width, form.parts, block, form.kind, bias is not None, used is not None, num_warps=_warps(block),
         )  # fmt: skip
     return grad_h, out, grad_weight
 
@@ -283,11 +327,20 @@ def sum_rows(
     return out
 
 
-def add_dot_with_bias(out: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, expert: torch.Tensor) -> None:
-    """out[m] += the dot product of rows[m] and the bias of its expert; FP32 [M]."""
+def add_dot_with_bias(
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    expert: torch.Tensor,
+    used: torch.Tensor | None = None,
+) -> None:
+    """out[m] += the dot product of rows[m] and the bias of its expert; FP32 [M], of which the first `used` count."""
     if len(rows):
-        block = triton.next_power_of_2(rows.shape[1])
-        _dot_with_bias[(len(rows),)](rows, bias, expert, out, rows.shape[1], block, num_warps=_warps(block))
+        columns = rows.shape[1]
+        block = triton.next_power_of_2(columns)
+        _dot_with_bias[(len(rows),)](
+            rows, bias, expert, out, used, columns, block, used is not None, num_warps=_warps(block)
+        )
 
 
 def sum_by_expert(rows: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -299,6 +352,10 @@ def sum_by_expert(rows: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor |
         grid = (len(ends), triton.cdiv(columns, block))
         _sum_by_expert[grid](rows, weight, ends, out, columns, 32, block, weight is not None, num_warps=4)
     return out
+
+
+def _programs(rows: int, used: torch.Tensor | None) -> int:
+    return rows if used is None else min(rows, _LIMITED_PROGRAMS)
 
 
 def _warps(block: int) -> int:

@@ -42,6 +42,7 @@ from automodel.models.norms import GatedRMSNorm, RMSNorm
 from automodel.models.predict_layer import PredictLayer
 from automodel.models.saving import RepositorySaving
 from automodel.models.spec import DecoderSpec, MoeSpec
+from automodel.moe.experts import Experts
 from automodel.moe.router import TopKRouter, load_balancing_loss
 from ckpt_tools.core.errors import UsageError
 
@@ -231,6 +232,10 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         if moe := self.spec.moe:
             resolved = self._experts_kernel(moe)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
+            divided = [m for m in self.modules() if isinstance(m, Experts) and m.dispatcher is not None]
+            if divided:
+                dispatch = divided[0].resolve_dispatch(resolved.kernel)
+                rows.insert(2, BackendRow("dispatch", len(divided), dispatch.kernel, dispatch.reason))
         if mamba := self.spec.mamba:
             scan = resolve_mamba(self.backend, weight.device, weight.dtype, mamba.convolved, mamba.conv_kernel)
             scans = self.spec.attention_kinds.count("linear_attention")

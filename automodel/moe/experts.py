@@ -1,7 +1,8 @@
 """The experts of one mixture-of-experts layer: stacked parameters, and how rows reach them.
 
 With all experts in this process, tokens are sorted by expert and combined here. When parallel code shards the
-experts over a mesh axis it sets `Experts.dispatcher`, which carries rows to the process that holds their expert.
+experts over a mesh axis it sets `Experts.dispatcher`, which carries rows to the process that holds their expert, and
+`Experts.peers`, through which those processes read each other's memory where they can.
 
 Legend: N tokens, K experts per token, D hidden, F expert width, E experts, M rows.
 """
@@ -16,10 +17,11 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.tensor import DTensor
 
-from automodel.backends import Backend, resolve_experts
+from automodel.backends import Backend, ResolvedDispatch, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
+from automodel.moe.peers import Peers
 
 
 class Dispatcher(Protocol):
@@ -61,6 +63,7 @@ class Experts(nn.Module):
         down_proj: [E, D, F].
         down_proj_bias: [E, D], or None. Being the expert's own, it is weighted by the router like the rest.
         dispatcher: None while all experts are in this process.
+        peers: with a dispatcher, the memory of the processes that divide the experts, or why there is none.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Experts(nn.Module):
         self.activation = activation
         self.backend = backend
         self.dispatcher: Dispatcher | None = None
+        self.peers: Peers | str = "the processes have not been asked for their memory"
         self.first, rows = ("up_proj", width) if isinstance(activation, Ungated) else ("gate_up_proj", 2 * width)
         self.register_parameter(self.first, nn.Parameter(torch.empty(num_experts, rows, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
@@ -87,6 +91,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, D]: the outputs of the K chosen experts, weighted by `weight_NK` and summed."""
         kernel = self.kernel_for(x_ND)
+        if self.dispatcher is not None and self.resolve_dispatch(kernel).kernel == "symmetric":
+            return self._through_peers(x_ND, expert_index_NK, weight_NK)
         if kernel == "fused":
             return self._fused(x_ND, expert_index_NK, weight_NK)
         if self.dispatcher is not None:
@@ -106,6 +112,10 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         rows_MD, _, counts, state = dispatcher.dispatch(x_ND, expert_index_NK)
         return dispatcher.combine(self._multiply(rows_MD, counts, kernel), weight_NK, state)
+
+    def resolve_dispatch(self, kernel: ExpertsKernel) -> ResolvedDispatch:
+        """How tokens reach the experts' processes, where there is a dispatcher and `kernel` multiplies."""
+        return resolve_dispatch(self.backend, kernel, self.peers if isinstance(self.peers, str) else None)
 
     def kernel_for(self, x: torch.Tensor) -> ExpertsKernel:
         """Which kernel runs on the device and in the dtype of `x`."""
@@ -145,9 +155,21 @@ class Experts(nn.Module):
         rows_MD, weight_M, counts, state = self.dispatcher.dispatch(x_ND, expert_index_NK, weight_NK)
         return self.dispatcher.combine(run(rows_MD, weight_M, counts), None, state)
 
-    def _parameters_here(self) -> list[torch.Tensor | None]:
-        """This process's part of the two projections and their biases."""
-        scale = 1.0 if self.dispatcher is None else self.dispatcher.gradient_scale
+    @torch.compiler.disable
+    def _through_peers(
+        self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor
+    ) -> torch.Tensor:
+        from automodel.kernels.triton_rows import activation_form
+        from automodel.moe.symmetric import ExpertsOfPeers, experts_of_peers
+
+        parameters = self._parameters_here(scaled=False)
+        chunk = -(-self.num_experts // self.peers.size)
+        layer = ExpertsOfPeers(self.peers, chunk, len(parameters[1]), activation_form(self.activation))
+        return experts_of_peers(x_ND, expert_index_NK, weight_NK, layer, *parameters)
+
+    def _parameters_here(self, *, scaled: bool = True) -> list[torch.Tensor | None]:
+        """This process's part of the two projections and their biases; their gradients are scaled on the way back."""
+        scale = self.dispatcher.gradient_scale if scaled and self.dispatcher is not None else 1.0
         names = (self.first, "down_proj", f"{self.first}_bias", "down_proj_bias")
         parameters = (getattr(self, name) for name in names)
         return [None if parameter is None else _local(parameter, scale) for parameter in parameters]

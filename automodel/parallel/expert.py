@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from automodel.moe.dispatch import AllToAllDispatcher
+from automodel.moe.peers import open_peers
 from automodel.parallel.mesh import ParallelMesh
 from ckpt_tools.core.errors import UsageError
 
@@ -23,7 +24,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def divide_experts(experts: nn.Module, ep_mesh: DeviceMesh, device: torch.device) -> None:
-    """Make the parameters of `experts` DTensors with `Shard(0)` over `ep_mesh`, and give it a dispatcher.
+    """Make the parameters of `experts` DTensors with `Shard(0)` over `ep_mesh`, and give it a dispatcher and peers.
 
     Chunks are ceil(E / size), so the number of experts need not be a multiple; the last processes may hold none.
     Parameters on the meta device stay there; others are moved to `device`.
@@ -40,6 +41,8 @@ def divide_experts(experts: nn.Module, ep_mesh: DeviceMesh, device: torch.device
         )
         setattr(experts, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
     experts.dispatcher = AllToAllDispatcher(ep_mesh.get_group(), num_experts)
+    if experts.backend.dispatch != "all_to_all":
+        experts.peers = open_peers(ep_mesh.get_group(), device)
 
 
 def shard_experts(

@@ -7,14 +7,21 @@ over `ep`; every other parameter is sharded over all processes that are not copi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from automodel.parallel.expert import divide_experts, expert_modules, shard_experts
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from ckpt_tools.core.errors import UsageError
+
+_KEPT_BYTES = 2 << 30
+"""Layers that take no more than this together stay gathered from forward to backward."""
 
 
 def parallelize(
@@ -22,7 +29,7 @@ def parallelize(
     mesh: DeviceMesh | ParallelMesh | None,
     *,
     mixed_precision: MixedPrecision | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | None = None,
 ) -> None:
     """Shard `model` over `mesh`, in place.
 
@@ -30,7 +37,8 @@ def parallelize(
         model: on the meta device (then `load_parameters` follows), or with values, the same on every process.
         mesh: axes from `dp_replicate`, `dp_shard`, `ep`; None (a single process) leaves the model as it is.
         mixed_precision: dtypes of the computation; None takes those of a `ParallelMesh`.
-        reshard_after_forward: free the gathered parameters of a layer between forward and backward.
+        reshard_after_forward: free the gathered parameters of a layer between forward and backward. None frees those
+            of divided experts, and of layers unless what is left of them is small.
 
     Raises:
         UsageError: the mesh does not suit the model; the message says which axis.
@@ -56,9 +64,11 @@ def parallelize(
         for module in experts.values():
             divide_experts(module, parallel.root["ep"], device)
             if _needs_fsdp(module, parallel, policy):
-                shard_experts(module, parallel, policy, reshard_after_forward=reshard_after_forward)
+                shard_experts(module, parallel, policy, reshard_after_forward=reshard_after_forward is not False)
             else:
                 own_experts.update(module.parameters())
+    if reshard_after_forward is None:
+        reshard_after_forward = _gathered_bytes(layers, policy) > _KEPT_BYTES
     for module in model.modules():
         if getattr(module, "keeps_float32", False):
             # A unit of its own: FSDP2 has one dtype a unit, and computes in it.
@@ -73,6 +83,9 @@ def parallelize(
             ignored_params=own_experts,
         )
     fully_shard(model, mesh=parallel.dense, mp_policy=policy, ignored_params=own_experts)
+    for layer, following in pairwise(layers):
+        # Asked for before the layer runs, so that a host that is late does not keep the next one waiting.
+        layer.set_modules_to_forward_prefetch([following])
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -100,6 +113,12 @@ def mesh_device(mesh: ParallelMesh) -> torch.device:
     """The device of this process."""
     kind = mesh.root.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _gathered_bytes(layers: Sequence[nn.Module], policy: MixedPrecisionPolicy) -> int:
+    """Bytes of the parameters that the layers gather for themselves, without those of divided experts."""
+    gathered: Iterable[nn.Parameter] = (p for layer in layers for p in layer.parameters() if not isinstance(p, DTensor))
+    return sum(p.numel() * (policy.param_dtype or p.dtype).itemsize for p in gathered)
 
 
 def _needs_fsdp(experts: nn.Module, mesh: ParallelMesh, policy: MixedPrecisionPolicy) -> bool:

@@ -12,6 +12,7 @@ from automodel.backends import (
     BackendReport,
     BackendRow,
     require_attention,
+    resolve_dispatch,
     resolve_experts,
     resolve_mamba,
     resolve_norm,
@@ -32,6 +33,7 @@ CPU = torch.device("cpu")
             Backend(
                 **dict.fromkeys(("experts", "norm", "mamba", "linear_attention", "sdpa", "loss"), "torch"),
                 layers="eager",
+                dispatch="all_to_all",
             ),
         ),
         ("grouped_mm", Backend(experts="grouped_mm")),
@@ -60,6 +62,16 @@ def test_the_automatic_choice_falls_back_with_a_reason_and_the_named_one_refuses
     with pytest.raises(UsageError, match="float64"):
         resolve_experts(Backend(experts="grouped_mm"), CPU, torch.float64, 16, 8)
     assert resolve_experts(Backend(), CPU, torch.bfloat16, 16, 8).kernel == "grouped_mm"
+
+
+def test_dispatch_is_symmetric_where_peers_and_kernel_allow_and_otherwise_says_why() -> None:
+    assert resolve_dispatch(Backend(), "fused", None).kernel == "symmetric"
+    hosts = resolve_dispatch(Backend(), "fused", "the ep axis is on 2 hosts")
+    assert (hosts.kernel, hosts.reason) == ("all_to_all", "the ep axis is on 2 hosts")
+    assert "these run grouped_mm" in resolve_dispatch(Backend(), "grouped_mm", None).reason
+    assert resolve_dispatch(Backend(dispatch="all_to_all"), "fused", None).reason == "asked for"
+    with pytest.raises(UsageError, match="2 hosts"):
+        resolve_dispatch(Backend(dispatch="symmetric"), "fused", "the ep axis is on 2 hosts")
 
 
 def test_mamba_layers_fall_back_with_a_reason_and_fused_kernels_by_name_refuse() -> None:
