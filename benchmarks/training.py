@@ -74,12 +74,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="qwen3-30b-8l")
     parser.add_argument("--implementations", default="transformers,transformers-compiled,ours")
-    parser.add_argument("--micro-batches", default="1,4")
+    parser.add_argument("--micro-batches", default="1,4", help="4c: with activation checkpointing; those come last")
     parser.add_argument("--sequence", type=int, default=SEQUENCE)
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every layer")
     parser.add_argument("--profile", action="store_true", help="one step under torch's profiler; kernels into the JSON")
     parser.add_argument("--weights", default="/dev/shm", help="directory for the shared weights")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "benchmark-out")))
@@ -102,7 +101,6 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "warmup": arguments.warmup,
         "steps": arguments.steps,
-        "checkpointing": arguments.checkpointing,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -159,16 +157,17 @@ def _child(arguments: argparse.Namespace) -> None:
         dist.init_process_group("nccl")
     weights = Path(arguments.weights) / arguments.case
     model, step = _build(arguments, weights)
-    if arguments.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    for size in map(int, arguments.micro_batches.split(",")):
+    for text in arguments.micro_batches.split(","):
+        size, checkpointing = int(text.removesuffix("c")), text.endswith("c")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
             row = _time(arguments, model, step, size)
         except torch.cuda.OutOfMemoryError as error:
             row = {"error": f"out of memory: {str(error)[:80]}"}
             torch.cuda.empty_cache()
-        row = {"implementation": arguments.child, "micro_batch": size, **row}
+        row = {"implementation": arguments.child, "micro_batch": size, "checkpointing": checkpointing, **row}
         if not dist.is_initialized() or dist.get_rank() == 0:
             print("ROW " + json.dumps(row), flush=True)
     if dist.is_initialized():
@@ -192,7 +191,7 @@ def _build(arguments: argparse.Namespace, weights: Path) -> tuple[Any, Callable[
         from automodel.parallel.fsdp import parallelize
 
         mesh = MeshConfig(dp_shard=arguments.gpus).build("cuda")
-        parallelize(model, mesh, reshard_after_forward=arguments.checkpointing)
+        parallelize(model, mesh, reshard_after_forward=False)
     else:
         model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
