@@ -21,7 +21,10 @@ TITLES = {
     "transformers": "transformers, grouped_mm",
     "transformers-compiled": "transformers, grouped_mm, layers compiled",
     "transformers-eager": "transformers, eager experts",
+    "transformers-flex-compiled": "transformers, grouped_mm, FlexAttention, layers compiled",
     "liger": "transformers, grouped_mm, Liger",
+    "liger-compiled": "transformers, grouped_mm, Liger, layers compiled",
+    "nemo": "NeMo AutoModel",
 }
 Document = dict[str, Any]
 
@@ -40,9 +43,10 @@ def training(document: Document) -> str:
     base = {row["micro_batch"]: row["seconds"] for row in rows if row["implementation"] == "transformers"}
     for row in sorted((row for row in rows if "error" not in row), key=lambda row: row["micro_batch"]):
         size, seconds = row["micro_batch"], row["seconds"]
+        title = TITLES[row["implementation"]] + (", activation checkpointing" if row.get("checkpointing") else "")
         ratio = f"{base[size] / seconds:.2f}" if size in base else ""
         lines.append(
-            f"| {TITLES[row['implementation']]} | {size} | {seconds * 1e3:.1f} | {row['tokens_per_second_per_gpu']:,} "
+            f"| {title} | {size} | {seconds * 1e3:.1f} | {row['tokens_per_second_per_gpu']:,} "
             f"| {ratio} | {row['model_tflops']:.0f} | {row['peak_gib']} "
             f"| {row['losses'][0]:.3f}, {row['losses'][-1]:.3f} |"
         )
