@@ -114,7 +114,7 @@ def _check_files(root: Path, pieces: Sequence[_Piece]) -> dict[str, int]:
         if file not in sizes:
             path = safe_join(root, file, named_by=str(root / METADATA_FILE))
             try:
-                sizes[file] = _size(path)
+                sizes[file] = _size(path, root)
             except NotFoundError:
                 sizes[file] = -1
         if sizes[file] < 0:
@@ -129,8 +129,8 @@ def _check_files(root: Path, pieces: Sequence[_Piece]) -> dict[str, int]:
     return sizes
 
 
-def _size(path: Path) -> int:
-    fd = open_input(path)
+def _size(path: Path, root: Path) -> int:
+    fd = open_input(path, root)
     try:
         return os.fstat(fd).st_size
     finally:
@@ -145,7 +145,7 @@ def _locate_all(root: Path, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Loca
     found: dict[int, LocatedTensor] = {}
     for file, members in by_file.items():
         path = safe_join(root, file, named_by=str(root / METADATA_FILE))
-        fd = open_input(path)
+        fd = open_input(path, root)
         try:
             for i in members:
                 found[i] = _locate(fd, path, pieces[i])
