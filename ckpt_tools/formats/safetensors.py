@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import FormatError, UsageError
-from ckpt_tools.core.names import nearest
+from ckpt_tools.core.names import MAX_NAME_LENGTH, nearest
 from ckpt_tools.core.paths import open_input
 from ckpt_tools.formats.documents import check_density, first_repeated, pread_exact
 
@@ -25,7 +25,6 @@ ALIGNMENT = 4096
 MAX_HEADER_SIZE = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64  # the limit of torch
 MAX_ELEMENTS = 1 << 62
-MAX_NAME_LENGTH = 1024
 MAX_ENTRIES = 1_000_000  # of one object; the largest published models have under 200,000 tensors in all files together
 _METADATA = "__metadata__"
 

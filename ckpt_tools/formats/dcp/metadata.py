@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -121,12 +122,23 @@ def _check_files(root: Path, pieces: Sequence[_Piece]) -> dict[str, int]:
             faults[f"{file}: does not exist"] = None
         elif piece.location.position + piece.location.length > sizes[file]:
             faults[f"{file}: has {sizes[file]:,} bytes and is described as longer"] = None
+    if not faults:
+        faults = dict.fromkeys(_overlaps(pieces))
     if faults:
         raise FormatError(
             f"{root} is not a whole checkpoint\n{listed(faults, 20)}",
             hint="copy the missing files again, or use another step's checkpoint",
         )
     return sizes
+
+
+def _overlaps(pieces: Sequence[_Piece]) -> Iterator[str]:
+    """Chunks that are said to lie in each other's bytes: no program saves so."""
+    ordered = sorted(pieces, key=lambda p: (p.location.file, p.location.position))
+    for one, other in pairwise(ordered):
+        place = one.location
+        if other.location.file == place.file and other.location.position < place.position + place.length:
+            yield f"{place.file}: {other.name} is said to begin inside {one.name}, at byte {other.location.position:,}"
 
 
 def _size(path: Path, root: Path) -> int:
