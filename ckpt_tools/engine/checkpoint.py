@@ -188,6 +188,10 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.store.tensors.items():
         if tensor.shape != shapes[name] and not (name in parts and _squeezed(tensor.shape) == _squeezed(shapes[name])):
             wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
+    for name in layout.leaves.keys() & checkpoint.store.tensors.keys() if not layout.is_identity else ():
+        dtype = checkpoint.store.tensors[name].dtype
+        if name not in parts and not dtype.name.startswith(("F", "BF")):
+            wrong.append(f"{name} is {dtype}, and weights are floating point")
     for part, leaf in parts.values():
         dtype = checkpoint.store.tensors[part.name].dtype
         if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):

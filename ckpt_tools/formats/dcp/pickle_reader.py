@@ -101,7 +101,10 @@ def loads(data: bytes, allowed: Collection[Global], source: str) -> object:
     # All that is made here lives to the end; the collector's passes over it are a third of the time.
     gc.disable()
     try:
-        return _run(machine)
+        value = _run(machine)
+        if machine.pos != len(data):
+            machine.fail("there are bytes after the end of the pickle")
+        return value
     except (IndexError, KeyError, struct.error):
         machine.fail("the pickle is malformed")
     finally:
