@@ -54,8 +54,7 @@ def judge(specimen: Specimen, what: str) -> bool:
     try:
         found = contents(root)
     except CkptError as error:
-        assert error.exit_code in EXIT_CODES, what
-        return True
+        return EXIT_CODES[error.exit_code] != EXIT_CODES[0]
     assert found == expected, f"{what}: accepted with other tensors"
     return False
 
@@ -159,16 +158,16 @@ def flip_value(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "copy"),
     [
-        ("hf", lambda root, out: convert(root, out)),
+        ("hf", convert),
         ("hf", lambda root, out: convert(root, out, dtype="float32")),
         ("hf sharded", lambda root, out: convert(root, out, mesh="dp_shard=3")),
         ("hf fp8", lambda root, out: convert(root, out, dequantize=True)),
         ("hf mxfp4", lambda root, out: convert(root, out, dequantize=True, dtype="float32")),
-        ("dcp", lambda root, out: consolidate(root, out)),
+        ("dcp", consolidate),
         ("dcp of a mesh", lambda root, out: consolidate(root, out, dtype="float16")),
         ("dcp of a mesh", lambda root, out: consolidate(root, out, quantize="fp8")),
-        ("sharded safetensors", lambda root, out: consolidate(root, out)),
-        ("training save", lambda root, out: consolidate(root, out)),
+        ("sharded safetensors", consolidate),
+        ("training save", consolidate),
     ],
 )
 def test_a_copy_of_a_damaged_source_refuses_where_a_manifest_has_digests(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Final, NamedTuple, NoReturn
 from zlib import crc32
 
@@ -72,7 +73,7 @@ def read_directory(read: Read, length: int, fail: Fail) -> dict[str, Entry]:
             fail(f"the archive holds {name!r} twice")
         entries[name] = entry
     starts = sorted(entry.header for entry in entries.values())
-    ends = dict(zip(starts, (*starts[1:], offset), strict=True))
+    ends = dict(pairwise((*starts, offset)))
     return {name: entry._replace(limit=ends[entry.header]) for name, entry in entries.items()}
 
 
