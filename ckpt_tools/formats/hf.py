@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, listed
+from ckpt_tools.core.names import MAX_NAME_LENGTH
 from ckpt_tools.core.paths import open_input, safe_join
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
 from ckpt_tools.formats.documents import read_json_object, read_whole
@@ -109,8 +110,11 @@ def _read_weight_map(root: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{root / INDEX} has no weight_map")
     for name, file in weight_map.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise FormatError(f"{root / INDEX} lists {name[:80]!r}..., which is not a usable tensor name")
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise FormatError(f"{root / INDEX} maps {name!r} to {file!r}, which is not the name of a safetensors file")
+            what = str(file)[:200]
+            raise FormatError(f"{root / INDEX} maps {name!r} to {what!r}, which is not the name of a safetensors file")
     return weight_map
 
 
