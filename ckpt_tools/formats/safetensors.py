@@ -112,7 +112,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
 
     try:
         text = raw.decode("utf-8")
-        check_density(text, f"{path}: the header")
+        check_density(text, f"{path}: the header", is_header=True)
         # -0 would be taken for 0, which it is not in the format; a hook for every number costs half of the time.
         signed = whole if "-0" in text else None
         header = json.loads(

@@ -209,7 +209,7 @@ def test_45_000_tensors_are_planned_and_read_in_time_linear_in_their_number(tmp_
 def test_a_header_of_millions_of_entries_is_refused(tmp_path: Path) -> None:
     entries = b",".join(b'"%07d":"0123456789"' % i for i in range(1_000_001))
     path = write(tmp_path / "bomb.safetensors", b'{"__metadata__":{' + entries + b"}}")
-    with pytest.raises(FormatError, match="1,000,001 entries"):
+    with pytest.raises(FormatError, match="more JSON values than"):
         read_header(path)
 
 

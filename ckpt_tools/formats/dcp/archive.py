@@ -21,7 +21,7 @@ _MAX_DIRECTORY: Final = 1 << 16  # torch writes seven entries for one tensor
 _VERSION: Final = 45  # the first with zip64
 _DATE: Final = 33  # 1980-01-01, the format's zero
 _PAD_ID: Final = 0x4246  # "FB", the extra field that torch pads with
-_DESCRIPTORS: Final = (0, 16, 24)  # bytes between the data and the next record: a data descriptor, zip64 or not
+_DESCRIPTORS: Final = (16, 24)  # bytes of a data descriptor, between the data and the next record, zip64 or not
 _ENCRYPTED: Final = 0x2041  # flags 0 (encrypted), 6 (strong), 13 (masked headers)
 
 MIN_SIZE: Final = _END.size
@@ -136,7 +136,9 @@ def find_data(entry: Entry, read: Read, fail: Fail) -> Stored:
     if signature != b"PK\x03\x04" or method or name_length != len(entry.name):
         fail(f"the header of {entry.name!r} is damaged")
     # One wrong bit in the length of the padding would shift the data: an entry ends where the next record begins.
-    if entry.limit - position - entry.size not in _DESCRIPTORS or read(entry.header + _LOCAL.size, name_length) != entry.name:
+    rest = entry.limit - position - entry.size
+    described = rest in _DESCRIPTORS and read(position + entry.size, 4) == b"PK\x07\x08"
+    if (rest and not described) or read(entry.header + _LOCAL.size, name_length) != entry.name:
         fail(f"{entry.name!r} is out of bounds or has another name in its header")
     return Stored(position, entry.size)
 
