@@ -68,10 +68,9 @@ class SavedTensor(NamedTuple):
             return 0
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.sizes, self.strides, strict=True))
 
-
     @property
     def overlaps(self) -> bool:
-        """Whether elements may share bytes, as those of an expanded tensor do; the writers of DCP make copies of such."""
+        """Whether elements may share bytes, as an expanded tensor's do; the writers of DCP make copies of such."""
         reach = 0
         for stride, n in sorted((stride, n) for n, stride in zip(self.sizes, self.strides, strict=True) if n > 1):
             if stride <= reach:
