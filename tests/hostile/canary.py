@@ -18,8 +18,11 @@ _EVENT = struct.Struct("iIII")
 
 
 @contextmanager
-def untouched(folder: Path) -> Iterator[None]:
-    """Fails when a file in `folder` is opened, made, changed or removed meanwhile. Looking at names is allowed."""
+def untouched(folder: Path, only: str | None = None) -> Iterator[None]:
+    """Fails when a file in `folder`, or the one called `only`, is opened, made, changed or removed meanwhile.
+
+    Looking at names is allowed.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(folder), _OPENED_OR_CHANGED) < 0:
@@ -37,6 +40,6 @@ def untouched(folder: Path) -> Iterator[None]:
         _, mask, _, length = _EVENT.unpack_from(events, at)
         name = events[at + _EVENT.size : at + _EVENT.size + length].rstrip(b"\0").decode()
         at += _EVENT.size + length
-        if not mask & _IS_FOLDER:
+        if not mask & _IS_FOLDER and only in (None, name):
             touched.append(f"{name} ({mask:#x})")
     assert not touched, f"touched outside of the checkpoint: {touched}"
