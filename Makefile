@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST_ARGS ?= -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo demo-real readers lint bench clean
+.PHONY: help setup test fuzz demo demo-real readers lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY) ## run the tests (PYTEST_ARGS="-k name" to choose)
 	$(PYTEST) $(PYTEST_ARGS)
+
+fuzz: $(READY) ## a million hostile inputs, every byte and bit of small checkpoints flipped (FUZZ_ARGS="--inputs 100000")
+	$(INSTALL) atheris || echo "atheris cannot be installed here: the inputs come from the grammar alone"
+	$(BIN)/python -m tests.hostile.fuzz $(FUZZ_ARGS)
+	CKPT_HOSTILE=full $(PYTEST) tests/hostile/test_corruption.py --timeout 7200 $(PYTEST_ARGS)
 
 demo: $(READY) ## convert, train on 2 processes, consolidate, verify and generate: under 2 minutes
 	$(BIN)/python -m examples.demo

@@ -119,7 +119,7 @@ class InertReader(StorageReader):
                 hint="the job that saved the checkpoint did not finish",
             )
         path = safe_join(self.directory, location.file, named_by=str(self.directory / METADATA_FILE))
-        fd = open_input(path)
+        fd = open_input(path, self.directory)
         try:
             found = locate(fd, location.position, location.length, path)
         finally:

@@ -146,7 +146,7 @@ def _export(
 def _collect_side_files(
     model: PreTrainedModel, source: ModelSource, directory: Path, folder: Path, overwrite: bool
 ) -> None:
-    """Fill `folder` with links to the side files that the repository will have, and its generation config."""
+    """Fill `folder` with the side files that the repository will have, and its generation config."""
     kept = hf.side_files(directory) if directory.is_dir() and not overwrite else ()
     if directory.exists() and not overwrite:
         _refuse_loss(directory, kept)
@@ -154,7 +154,7 @@ def _collect_side_files(
     names = kept or (hf.side_files(root) if root is not None else ())
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to((root / name).resolve())
+        (folder / name).write_bytes(hf.SideFile(root, name).read())
     if _GENERATION_CONFIG not in names or model.generation_config.to_dict() != source.generation_config:
         (folder / _GENERATION_CONFIG).unlink(missing_ok=True)
         model.generation_config.save_pretrained(folder)

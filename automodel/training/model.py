@@ -20,7 +20,7 @@ from ckpt_tools.core.errors import FormatError
 from ckpt_tools.engine.checkpoint import open_checkpoint, read_config
 from ckpt_tools.engine.manifest import read_manifest
 from ckpt_tools.families import family_of
-from ckpt_tools.formats.hf import side_files
+from ckpt_tools.formats.hf import SideFile, side_files
 from ckpt_tools.layouts.layout import Side
 
 
@@ -54,7 +54,7 @@ class Source:
     def side_files(self) -> dict[str, bytes]:
         """config.json, tokenizer and other side files, byte for byte."""
         names = dict.fromkeys(("config.json", *side_files(self.side_root)))
-        return {name: (self.side_root / name).read_bytes() for name in names}
+        return {name: SideFile(self.side_root, name).read() for name in names}
 
 
 def open_source(source: str | Path, revision: str | None) -> Source:

@@ -8,12 +8,17 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 _FIELD = re.compile(r"\{(\w+)\}")
+_MAX_LENGTH = 200
+MAX_NAME_LENGTH = 1024
+"""Characters of a tensor's name."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate closest to `name` in spelling, or None when nothing is close."""
-    # difflib is quadratic in length: keep the pool small for checkpoints of 100,000 tensors.
-    pool = list(candidates)
+    # difflib is quadratic in length, too: keep the pool small for checkpoints of 100,000 tensors.
+    if len(name) > _MAX_LENGTH:
+        return None
+    pool = [candidate for candidate in candidates if len(candidate) <= _MAX_LENGTH]
     if len(pool) > 2000:
         words = set(re.split(r"[._]", name))
         pool.sort(key=lambda c: -len(words & set(re.split(r"[._]", c))))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.dtypes import DType
-from ckpt_tools.core.errors import LayoutError, NotFoundError
+from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
 from ckpt_tools.core.names import match
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
@@ -129,10 +130,13 @@ def open_checkpoint(path: Path, *, family: str | None = None, form: str | None =
 
 
 def _open_files(path: Path) -> tuple[Store, Path, Mapping[str, Any], tuple[str, ...]]:
-    if (path / ".metadata").exists() or sharded_safetensors.is_sharded(path):
-        is_dcp = (path / ".metadata").exists()
+    is_dcp = os.path.lexists(path / ".metadata")
+    if is_dcp or sharded_safetensors.is_sharded(path):
         store = dcp.open_dcp(path) if is_dcp else sharded_safetensors.open_sharded(path)
-        side_root = path / "hf" if (path / "hf").is_dir() else path
+        beside = path / "hf"
+        if beside.is_symlink():
+            raise FormatError(f"{beside} is a symbolic link", hint="put the folder in its place")
+        side_root = beside if beside.is_dir() else path
         return store, side_root, read_config(side_root), hf.side_files(side_root)
     repository = hf.open_repository(path)
     return repository.store, path, repository.config, repository.side_files
@@ -145,7 +149,7 @@ def read_config(root: Path) -> Mapping[str, Any]:
         FormatError: it is not a JSON object.
     """
     path = root / "config.json"
-    return read_json_object(path) if path.exists() else {}
+    return read_json_object(path) if os.path.lexists(path) else {}
 
 
 def _recognise(
@@ -184,6 +188,10 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.store.tensors.items():
         if tensor.shape != shapes[name] and not (name in parts and _squeezed(tensor.shape) == _squeezed(shapes[name])):
             wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
+    for name in layout.leaves.keys() & checkpoint.store.tensors.keys() if not layout.is_identity else ():
+        dtype = checkpoint.store.tensors[name].dtype
+        if name not in parts and not dtype.name.startswith(("F", "BF")):
+            wrong.append(f"{name} is {dtype}, and weights are floating point")
     for part, leaf in parts.values():
         dtype = checkpoint.store.tensors[part.name].dtype
         if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):

@@ -18,6 +18,8 @@ from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
+from ckpt_tools.engine.verify import verify_unhashed
+from ckpt_tools.formats.hf import SideFile
 from ckpt_tools.layouts.codecs import SCRATCH
 
 PER_THREAD = 4 * WINDOW
@@ -92,7 +94,7 @@ def run_plan(
     plan: Plan,
     destination: Path,
     manifest: Manifest,
-    side_files: Mapping[str, Path | bytes],
+    side_files: Mapping[str, SideFile | bytes],
     options: CopyOptions,
 ) -> frozenset[str]:
     """Copies everything into place.
@@ -111,6 +113,8 @@ def run_plan(
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
     threads = options.bounded_threads(thread_bytes(plan))
+    changed = {copy.name for copy in plan.copies if copy.changes_values}
+    verify_unhashed(plan.source, changed, threads=threads, progress=options.progress)
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
         done = _bytes_used(staging.path)
@@ -149,17 +153,13 @@ def write_frames(target: TargetFiles, writer: FileWriter) -> None:
 
 
 def write_side_files(
-    staging: Staging, documents: Mapping[str, bytes], side_files: Mapping[str, Path | bytes], manifest: Manifest
+    staging: Staging, documents: Mapping[str, bytes], side_files: Mapping[str, SideFile | bytes], manifest: Manifest
 ) -> None:
     """Writes the small files, the manifest last."""
     import xxhash
 
     for name, content in {**documents, **side_files}.items():
-        if isinstance(content, Path):
-            with storage_errors("read", content):
-                data = content.read_bytes()
-        else:
-            data = content
+        data = content if isinstance(content, bytes) else content.read()
         if name in side_files:
             manifest.side_files[name] = xxhash.xxh3_128_hexdigest(data)
         staging.write_document(name, data)

@@ -107,7 +107,7 @@ class FileReader:
             with self._lock, storage_errors("open", self._root / file):
                 found = self._open.get(file)
                 if found is None:
-                    fd = open_input(self._root / file)
+                    fd = open_input(self._root / file, self._root)
                     found = self._open[file] = (fd, _identity(os.fstat(fd)))
         return found[0]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.errors import FormatError
+from ckpt_tools.core.paths import safe_join
 from ckpt_tools.engine.digest import ALGORITHM
+from ckpt_tools.formats.documents import read_json_object
 
 MANIFEST = "ckpt-manifest.json"
 VERSION = 1
@@ -54,19 +57,16 @@ def read_manifest(root: Path) -> Manifest | None:
         FormatError: it is malformed or of a newer version.
     """
     path = root / MANIFEST
-    try:
-        body = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(body, dict) or body.get("version") != VERSION:
-        found = body.get("version") if isinstance(body, dict) else type(body).__name__
-        raise FormatError(f"{path} is of version {found!r}, this tool reads {VERSION}", hint="upgrade the tool")
-    return _checked(path, body)
+    body = read_json_object(path)
+    if body.get("version") != VERSION:
+        found = str(body.get("version"))[:40]
+        raise FormatError(f"{path} is of version {found}, this tool reads {VERSION}", hint="upgrade the tool")
+    return _checked(root, path, body)
 
 
-def _checked(path: Path, body: dict[str, Any]) -> Manifest:
+def _checked(root: Path, path: Path, body: dict[str, Any]) -> Manifest:
     def require(condition: bool, what: str) -> None:
         if not condition:
             raise FormatError(f"{path}: {what} is missing or of the wrong kind", hint="the manifest is damaged")
@@ -79,15 +79,16 @@ def _checked(path: Path, body: dict[str, Any]) -> Manifest:
     for name in ("family", "side", "tool", "digest"):
         require(isinstance(body.get(name), str), name)
     require(isinstance(body.get("form", ""), str), "form")
-    require(isinstance(body.get("layout_version"), int), "layout_version")
+    require(body["side"] in ("hf", "native"), "side")
+    layout_version = body.get("layout_version")
+    require(type(layout_version) is int and 0 <= layout_version < 1 << 31, "layout_version")
+    side_files = texts("side_files")
     blobs = body.get("blobs", {})
     require(isinstance(blobs, dict), "blobs")
     for entries in blobs.values():
-        require(
-            isinstance(entries, list)
-            and all(isinstance(e, list) and list(map(type, e)) == [int, int, str] for e in entries),
-            "blobs",
-        )
+        require(isinstance(entries, list) and all(map(_is_blob, entries)), "blobs")
+    for name in (*blobs, *side_files):
+        safe_join(root, name, named_by=str(path))
     return Manifest(
         family=body["family"],
         layout_version=body["layout_version"],
@@ -97,6 +98,12 @@ def _checked(path: Path, body: dict[str, Any]) -> Manifest:
         source=texts("source"),
         digest=body["digest"],
         tensors=texts("tensors") if "tensors" in body else None,
-        side_files=texts("side_files"),
+        side_files=side_files,
         blobs={file: [(e[0], e[1], e[2]) for e in entries] for file, entries in blobs.items()},
     )
+
+
+def _is_blob(entry: object) -> bool:
+    if not isinstance(entry, list) or list(map(type, entry)) != [int, int, str]:
+        return False
+    return all(0 <= number < 1 << 62 for number in entry[:2])

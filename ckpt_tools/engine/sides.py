@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.config import portable_config
+from ckpt_tools.formats.hf import SideFile
 from ckpt_tools.layouts.layout import Layout
 
 HF_FOLDER = "hf"
@@ -24,17 +26,17 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Where config.json describes quantised tensors; the second is compressed-tensors' older name."""
 
 
-def native_side_files(source: Checkpoint) -> dict[str, Path | bytes]:
+def native_side_files(source: Checkpoint) -> dict[str, SideFile | bytes]:
     """config.json and every other side file, byte for byte, under `hf/`."""
     names = source.side_files
-    if (source.side_root / hf.CONFIG).exists():
+    if os.path.lexists(source.side_root / hf.CONFIG):
         names = (hf.CONFIG, *names)
-    return {f"{HF_FOLDER}/{name}": source.side_root / name for name in names}
+    return {f"{HF_FOLDER}/{name}": SideFile(source.side_root, name) for name in names}
 
 
 def repository_side_files(
     config: Mapping[str, Any], side_root: Path | None, layout: Layout, leaf_dtypes: Mapping[str, DType]
-) -> dict[str, Path | bytes]:
+) -> dict[str, SideFile | bytes]:
     """Side files byte for byte, and a config.json that every reader understands.
 
     Args:
@@ -44,7 +46,7 @@ def repository_side_files(
         leaf_dtypes: of the leaves' values; the most frequent floating-point one is the config's dtype.
     """
     names = [name for name in hf.side_files(side_root) if name != MODELOPT] if side_root else []
-    files: dict[str, Path | bytes] = {name: side_root / name for name in names} if side_root else {}
+    files: dict[str, SideFile | bytes] = {name: SideFile(side_root, name) for name in names} if side_root else {}
     if config:
         floats = Counter(dtype for dtype in leaf_dtypes.values() if dtype.is_float)
         dtype = floats.most_common(1)[0][0] if floats else None

@@ -14,10 +14,12 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import struct
 from pathlib import Path
 
-from ckpt_tools.core.errors import LockedError, OutputExistsError, StorageError, UsageError
+from ckpt_tools.core.errors import FormatError, LockedError, NotFoundError, OutputExistsError, StorageError, UsageError
+from ckpt_tools.core.paths import open_input
 from ckpt_tools.engine.execute import Journal, Outcome
 from ckpt_tools.engine.files import storage_errors
 
@@ -64,8 +66,11 @@ class Staging:
             self._check_final()
             with storage_errors("create", self.path):
                 self.path.mkdir(exist_ok=True)
-                if self.path.is_symlink():
+                status = os.lstat(self.path)
+                if not stat.S_ISDIR(status.st_mode):
                     raise UsageError(f"{self.path} is a symbolic link", hint="remove it; this tool did not make it")
+                if status.st_uid != os.geteuid():
+                    raise UsageError(f"{self.path} belongs to another user", hint="remove it, or choose another output")
         except BaseException:
             self.__exit__()
             raise
@@ -99,8 +104,7 @@ class Staging:
         """The journal of an interrupted run of the same plan, or a new one in an emptied directory."""
         key = f"{fingerprint} {_boot_id()}\n".encode()
         path = self.path / JOURNAL
-        with storage_errors("read", path):
-            content = path.read_bytes() if path.exists() else b""
+        content = _read_journal(path, key)
         if content.startswith(key):
             records = content[len(key) :]
             whole = len(records) - len(records) % _RECORD.size
@@ -169,6 +173,17 @@ class FileJournal(Journal):
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _read_journal(path: Path, key: bytes) -> bytes:
+    """The journal if it begins with `key`; nothing for another's, and for what only has its name."""
+    try:
+        fd = open_input(path)
+    except (FormatError, NotFoundError):
+        return b""
+    with storage_errors("read", path), open(fd, "rb") as file:
+        begin = file.read(len(key))
+        return begin + file.read() if begin == key else b""
 
 
 def _boot_id() -> str:

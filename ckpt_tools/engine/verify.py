@@ -6,22 +6,23 @@ Both comparisons stream: two windows are in memory for each thread, never a tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
-from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, listed
+from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, NotFoundError, listed
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
 from ckpt_tools.engine.ends import Digest, decoded_as, plain
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
 from ckpt_tools.engine.extents import addressable, leaf_extents
-from ckpt_tools.engine.files import FileReader, storage_errors
+from ckpt_tools.engine.files import FileReader
 from ckpt_tools.engine.plan import LeafCopy
 from ckpt_tools.engine.transfer import Window, equal
+from ckpt_tools.formats.hf import SideFile
 
 
 @dataclass
@@ -60,6 +61,9 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     if manifest.digest != ALGORITHM:
         raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
     done = []
+    if manifest.tensors is not None and checkpoint.digests is None:
+        held, recorded = checkpoint.layout.leaf_form or "plain", manifest.form or "plain"
+        raise MismatchError(f"{checkpoint.root}: the manifest is of the {recorded} form, the tensors are {held}")
     if checkpoint.digests is not None:
         found = leaf_digests(checkpoint, threads=threads, progress=progress)
         _compare(found, checkpoint.digests, "tensors", checkpoint.root)
@@ -70,7 +74,7 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     if manifest.tensors is None and not manifest.blobs:
         done.append("digests: the manifest records none for tensors; values were not checked")
     if manifest.side_files:
-        files = {name: _file_digest(checkpoint.root / name) for name in manifest.side_files}
+        files = {name: _file_digest(checkpoint.root, name) for name in manifest.side_files}
         _compare(files, manifest.side_files, "side files", checkpoint.root)
         done.append(f"digests: {len(files):,} side files are as they were written")
     return done
@@ -85,9 +89,37 @@ def _compare(found: Mapping[str, str], recorded: Mapping[str, str], what: str, r
         )
 
 
-def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None) -> dict[str, str]:
-    """The digest of every leaf, read through the layout."""
-    copies = _reads(checkpoint)
+def verify_unhashed(
+    source: Checkpoint, changed: Collection[str], *, threads: int | None, progress: Progress | None
+) -> None:
+    """Compares what the manifest of a source records and a copy of it does not see on its way.
+
+    Args:
+        source: the checkpoint that is copied.
+        changed: leaves that are cast, dequantised or quantised, whose bytes in the source are not hashed.
+        threads: worker threads.
+        progress: told of bytes as they are read.
+
+    Raises:
+        MismatchError: a leaf, or a blob of a training save that holds a part of one, does not have its digest.
+    """
+    recorded = {name: digest for name, digest in (source.digests or {}).items() if name in changed}
+    if recorded:
+        found = leaf_digests(source, threads=threads, progress=progress, leaves=recorded)
+        _compare(found, recorded, "tensors", source.root)
+    chunks = (chunk for tensor in source.store.tensors.values() for chunk in tensor.chunks)
+    _verify_blobs(source, threads, progress, {(chunk.file, chunk.position) for chunk in chunks})
+
+
+def leaf_digests(
+    checkpoint: Checkpoint,
+    *,
+    threads: int | None,
+    progress: Progress | None,
+    leaves: Collection[str] | None = None,
+) -> dict[str, str]:
+    """The digest of every leaf, or of some, read through the layout."""
+    copies = [copy for copy in _reads(checkpoint) if leaves is None or copy.name in leaves]
     found: dict[tuple[str, int], bytes] = {}
 
     with FileReader(checkpoint.root) as reader:
@@ -215,11 +247,22 @@ def _reads(checkpoint: Checkpoint) -> list[LeafCopy]:
     return copies
 
 
-def _verify_blobs(checkpoint: Checkpoint, threads: int | None, progress: Progress | None) -> int:
+def _verify_blobs(
+    checkpoint: Checkpoint,
+    threads: int | None,
+    progress: Progress | None,
+    places: Collection[tuple[str, int]] | None = None,
+) -> int:
+    """Compares the blobs that the manifest records, or those at some (file, position); returns their number."""
     blobs = checkpoint.manifest.blobs if checkpoint.manifest else {}
-    todo: Iterator[tuple[str, int, int, str]] = (
-        (file, position, length, digest) for file, entries in blobs.items() for position, length, digest in entries
-    )
+    todo = [
+        (file, position, length, digest)
+        for file, entries in blobs.items()
+        for position, length, digest in entries
+        if places is None or (file, position) in places
+    ]
+    if not todo:
+        return 0
     wrong: list[str] = []
     with FileReader(checkpoint.root) as reader:
 
@@ -229,14 +272,14 @@ def _verify_blobs(checkpoint: Checkpoint, threads: int | None, progress: Progres
                 wrong.append(f"{file} at byte {position:,}")
 
         if progress is not None:
-            progress.start("hashing", sum(e[1] for entries in blobs.values() for e in entries))
-        run_threads(todo, act, threads)
+            progress.start("hashing", sum(length for _, _, length, _ in todo))
+        run_threads(iter(todo), act, threads)
     if wrong:
         raise MismatchError(
             f"{checkpoint.root}: {len(wrong):,} blobs do not have their recorded digest\n{listed(sorted(wrong))}",
             hint="the checkpoint was damaged after training saved it; use an earlier one",
         )
-    return sum(len(entries) for entries in blobs.values())
+    return len(todo)
 
 
 def _range_digest(reader: FileReader, file: str, position: int, length: int, progress: Progress | None) -> str:
@@ -251,9 +294,11 @@ def _range_digest(reader: FileReader, file: str, position: int, length: int, pro
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with storage_errors("read", path):
-        return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.exists() else "absent"
+def _file_digest(root: Path, name: str) -> str:
+    try:
+        return xxhash.xxh3_128_hexdigest(SideFile(root, name).read())
+    except NotFoundError:
+        return "absent"
 
 
 def check_duplicates(checkpoint: Checkpoint) -> None:

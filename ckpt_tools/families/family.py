@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.configs import MAX_TENSORS, check_counts, config_errors
+from ckpt_tools.core.errors import LayoutError, UsageError
 from ckpt_tools.core.names import fill
 from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
 from ckpt_tools.layouts.layout import Layout, Shape, resolve
@@ -128,6 +129,7 @@ class Family:
     forms: tuple[Form, ...] = ()
     optional_layers: Mapping[str, str] = field(default_factory=dict)
 
+    @config_errors()
     def layout(
         self, config: Mapping[str, Any], *, form: str | None = None, names: Collection[str] | None = None
     ) -> Layout:
@@ -144,7 +146,10 @@ class Family:
             LayoutError: the config is not of this family's form.
             UsageError: the family has no such form.
         """
-        shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names)
+        check_counts(config)
+        shape = _bounded(self.shape(config))
+        if names is not None:
+            shape = self._with_layers_of(shape, names)
         tied = dict(self.tied) if "tied" in shape.flags else {}
         reads_form = form is None and names is not None
         chosen = self._form_of(config, names or ()) if reads_form else self._form(form or "")
@@ -168,6 +173,7 @@ class Family:
         if found is not None and not found.encoded:
             raise UsageError(f"{form} is read, not written", hint="write fp8 or fp8-channel instead")
 
+    @config_errors()
     def quantization_config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any] | None:
         """What config.json has to say of the form that `layout` has on disk; None for a plain one.
 
@@ -219,6 +225,20 @@ class Family:
             if any(name.endswith(suffix) for name in names) and (by_rows or form.name != "fp8-channel"):
                 return form
         return None
+
+
+def _bounded(shape: Shape) -> Shape:
+    """The shape, if its sizes can be those of tensors.
+
+    Raises:
+        LayoutError: they cannot.
+    """
+    for name, size in shape.sizes.items():
+        if type(size) is not int or not 0 <= size < 1 << 48:
+            raise LayoutError(f"config.json gives a model whose {name.replace('_', ' ')} is {str(size)[:40]}")
+    if len(shape.layers) * max(1, shape.experts) > MAX_TENSORS:
+        raise LayoutError(f"config.json: {len(shape.layers):,} layers of {shape.experts:,} experts are no model")
+    return shape
 
 
 def _strategies(config: Mapping[str, Any]) -> set[object]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_tools.core.configs import config_errors
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
 
@@ -132,6 +133,7 @@ def parse_readers(text: str) -> tuple[str, ...]:
     return names
 
 
+@config_errors()
 def limits(config: Config, readers: Iterable[str], form: str = "") -> list[Limit]:
     """The limits of `readers` that a checkpoint of this config in this quantised form (empty: plain) runs into."""
     asked = set(readers)

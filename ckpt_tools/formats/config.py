@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Final
 
+from ckpt_tools.core.configs import check_counts, config_errors
 from ckpt_tools.core.dtypes import BY_TORCH_NAME, DType
 from ckpt_tools.core.errors import UsageError
 
@@ -50,6 +51,7 @@ _NESTED: Final = ("text_config", "llm_config")
 _LOCAL, _GLOBAL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 
+@config_errors()
 def portable_config(config: dict[str, object], *, dtype: DType | None = None) -> dict[str, object]:
     """A copy of `config` with both spellings of every field that readers spell differently.
 
@@ -59,6 +61,7 @@ def portable_config(config: dict[str, object], *, dtype: DType | None = None) ->
 
     Raises:
         UsageError: `dtype` is no torch type.
+        LayoutError: a field has a value that cannot be read.
     """
     result = copy.deepcopy(config)
     _complete(result, None if dtype is None else _torch_name(dtype), top=True)
@@ -82,6 +85,7 @@ def _torch_name(dtype: DType) -> str:
 
 
 def _complete(config: dict[str, object], dtype: str | None, *, top: bool) -> None:
+    check_counts(config)
     if config.get("model_type") == "minimax_m2":
         _complete_partial_rope(config)
     _complete_rope(config)

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, listed
-from ckpt_tools.core.paths import safe_join
+from ckpt_tools.core.names import MAX_NAME_LENGTH
+from ckpt_tools.core.paths import open_input, safe_join
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
-from ckpt_tools.formats.documents import read_json_object
+from ckpt_tools.formats.documents import read_json_object, read_whole
 from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_header
 
 CONFIG = "config.json"
@@ -25,10 +27,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data"),
-    *(".ot", ".npz", ".tflite", ".distcp", ".mlmodel", ".nemo"),
+    *(".ot", ".npz", ".tflite", ".distcp", ".mlmodel", ".nemo", ".pkl", ".pickle", ".joblib"),
 )
 _NOT_SIDE_FILES = frozenset({CONFIG, "ckpt-manifest.json"})
 _SIDE_FOLDER_DEPTH = 3
+_MAX_SIDE_FILE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,22 @@ class Repository:
     side_files: tuple[str, ...]
 
 
+class SideFile(NamedTuple):
+    """A side file of a checkpoint: the directory that it may not leave, and its path in there."""
+
+    root: Path
+    name: str
+
+    def read(self) -> bytes:
+        """All its bytes.
+
+        Raises:
+            NotFoundError, FormatError, StorageError: it is gone, no regular file, a link out of the directory, longer
+                than any side file, or unreadable.
+        """
+        return read_whole(self.root / self.name, _MAX_SIDE_FILE, self.root)
+
+
 def open_repository(root: Path) -> Repository:
     """The repository in the directory `root`, from its headers.
 
@@ -57,7 +76,7 @@ def open_repository(root: Path) -> Repository:
     """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory")
-    config = read_json_object(root / CONFIG) if (root / CONFIG).exists() else {}
+    config = read_json_object(root / CONFIG) if os.path.lexists(root / CONFIG) else {}
     return Repository(_open_store(root), config, side_files(root))
 
 
@@ -74,7 +93,7 @@ def _open_store(root: Path) -> Store:
     for file in files:
         path = safe_join(root, file, named_by=str(root / INDEX))
         try:
-            headers[file] = read_header(path)
+            headers[file] = read_header(path, root)
         except NotFoundError:
             faults.append(f"{file}: the index lists this file, which does not exist")
     faults += _disagreements(weight_map, headers) if weight_map is not None else []
@@ -91,8 +110,11 @@ def _read_weight_map(root: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{root / INDEX} has no weight_map")
     for name, file in weight_map.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise FormatError(f"{root / INDEX} lists {name[:80]!r}..., which is not a usable tensor name")
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise FormatError(f"{root / INDEX} maps {name!r} to {file!r}, which is not the name of a safetensors file")
+            what = str(file)[:200]
+            raise FormatError(f"{root / INDEX} maps {name!r} to {what!r}, which is not the name of a safetensors file")
     return weight_map
 
 
@@ -149,7 +171,11 @@ def _store(root: Path, headers: dict[str, SafetensorsHeader]) -> Store:
 
 
 def side_files(root: Path) -> tuple[str, ...]:
-    """Relative paths of the regular files in `root` that belong to the model and are neither weights nor config."""
+    """Relative paths of the regular files in `root` that belong to the model and are neither weights nor config.
+
+    Raises:
+        FormatError: one is a link out of the repository, which a copy would publish.
+    """
     return tuple(sorted(_walk(root, "", _SIDE_FOLDER_DEPTH)))
 
 
@@ -157,13 +183,16 @@ def _walk(root: Path, folder: str, depth: int) -> Iterator[str]:
     with os.scandir(root / folder) as found:
         entries = [entry for entry in found if not entry.name.startswith(".")]
     # Symbolic links to files are the Hub cache's way of storing; links to directories could lead anywhere.
-    files = [entry.name for entry in entries if entry.is_file()]
-    if folder and any(_is_weight(name) for name in files):
+    files = [entry for entry in entries if entry.is_file()]
+    if folder and any(_is_weight(entry.name) for entry in files):
         return
-    for name in files:
-        known = not folder and name in _NOT_SIDE_FILES
-        if not known and not _is_weight(name) and not name.endswith(".index.json"):
-            yield f"{folder}{name}"
+    for entry in files:
+        known = not folder and entry.name in _NOT_SIDE_FILES
+        if not known and not _is_weight(entry.name) and not entry.name.endswith(".index.json"):
+            path = safe_join(root, f"{folder}{entry.name}", named_by=str(root))
+            if entry.is_symlink():
+                os.close(open_input(path, root))
+            yield f"{folder}{entry.name}"
     if depth:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False) and entry.name not in ("original", "__pycache__"):

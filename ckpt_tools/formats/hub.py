@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ckpt_tools.core.errors import CkptError, NotFoundError, StorageError, UsageError
+from ckpt_tools.core.errors import CkptError, FormatError, NotFoundError, StorageError, UsageError
 
 _SCHEME: Final = "hf://"
 _REPOSITORY: Final = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
@@ -46,7 +46,8 @@ def resolve_source(source: str, *, revision: str | None = None, weights: bool = 
 
     Raises:
         NotFoundError: neither a directory nor a repository that can be reached; also for gated repositories.
-        UsageError: two revisions, or a revision of a directory.
+        UsageError: two revisions, a revision of a directory, or one that cannot be a name.
+        FormatError: the repository lists a file under a name that leaves its directory.
         StorageError: the download failed.
     """
     named = source.removeprefix(_SCHEME)
@@ -66,7 +67,21 @@ def resolve_source(source: str, *, revision: str | None = None, weights: bool = 
         )
     if revision is not None and match["revision"] not in (None, revision):
         raise UsageError(f"{source} and the revision {revision} name two revisions")
-    return _download(match["name"], match["revision"] or revision, weights)
+    chosen = match["revision"] or revision
+    if chosen is not None:
+        _check_revision(chosen)
+    return _download(match["name"], chosen, weights)
+
+
+def _check_revision(revision: str) -> None:
+    """The Hub client makes a file of this name in its cache.
+
+    Raises:
+        UsageError: it is no name that git gives a branch or a tag.
+    """
+    parts = revision.split("/")
+    if not revision.isprintable() or "\\" in revision or any(not part or part.startswith(".") for part in parts):
+        raise UsageError(f"{revision!r} cannot be the name of a revision", hint="give a branch, a tag or a commit")
 
 
 def _download(name: str, revision: str | None, weights: bool) -> ResolvedSource:
@@ -107,6 +122,12 @@ def _explain(name: str, revision: str | None, error: Exception) -> CkptError | N
         )
     if isinstance(error, errors.HFValidationError):
         return UsageError(f"{where} is not a valid repository name: {error}")
-    if isinstance(error, OSError):  # HTTP errors of huggingface_hub are OSErrors too
+    if type(error) is ValueError:
+        return FormatError(
+            f"the Hub client refuses {where}: {error}",
+            hint="the repository is hostile or damaged; nothing of it was used",
+        )
+    # Most HTTP errors of huggingface_hub are OSErrors too; those of its transport are not.
+    if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
         return StorageError(f"the download of {where} failed: {error}", hint="a rerun continues where it stopped")
     return None

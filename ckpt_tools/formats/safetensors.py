@@ -17,15 +17,14 @@ from typing import NamedTuple, NoReturn
 
 from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import FormatError, UsageError
-from ckpt_tools.core.names import nearest
+from ckpt_tools.core.names import MAX_NAME_LENGTH, nearest
 from ckpt_tools.core.paths import open_input
-from ckpt_tools.formats.documents import pread_exact
+from ckpt_tools.formats.documents import check_density, first_repeated, pread_exact
 
 ALIGNMENT = 4096
 MAX_HEADER_SIZE = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64  # the limit of torch
 MAX_ELEMENTS = 1 << 62
-MAX_NAME_LENGTH = 1024
 MAX_ENTRIES = 1_000_000  # of one object; the largest published models have under 200,000 tensors in all files together
 _METADATA = "__metadata__"
 
@@ -65,14 +64,14 @@ class _Declared(NamedTuple):
     end: int
 
 
-def read_header(path: Path) -> SafetensorsHeader:
-    """The checked header of a safetensors file.
+def read_header(path: Path, root: Path | None = None) -> SafetensorsHeader:
+    """The checked header of a safetensors file in the directory `root`, by default its own.
 
     Raises:
         NotFoundError: no such file.
         FormatError: any rule of the format is broken; the message names the fault, the file and the tensor.
     """
-    fd = open_input(path)
+    fd = open_input(path, root)
     try:
         size = os.fstat(fd).st_size
         if size < 8:
@@ -96,7 +95,10 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
         raise FormatError(f"{path}: the header does not start with '{{'", hint="this is not a safetensors file")
 
     def reject(text: str) -> NoReturn:
-        raise FormatError(f"{path}: the header holds the number {text}; only whole numbers are allowed")
+        raise FormatError(f"{path}: the header holds the number {text[:40]}; only whole numbers are allowed")
+
+    def whole(text: str) -> int:
+        return reject(text) if text.startswith("-") else int(text)
 
     def collect(pairs: list[tuple[str, object]]) -> object:
         if (declared := _declared(pairs)) is not None:
@@ -105,11 +107,17 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
             raise FormatError(f"{path}: the header holds {len(pairs):,} entries; the limit is {MAX_ENTRIES:,}")
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise FormatError(f"{path}: the header gives {_first_repeated(pairs)!r} twice")
+            raise FormatError(f"{path}: the header gives {first_repeated(pairs)[:80]!r} twice")
         return result
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=collect, parse_float=reject, parse_constant=reject)
+        text = raw.decode("utf-8")
+        check_density(text, f"{path}: the header", is_header=True)
+        # -0 would be taken for 0, which it is not in the format; a hook for every number costs half of the time.
+        signed = whole if "-0" in text else None
+        header = json.loads(
+            text, object_pairs_hook=collect, parse_int=signed, parse_float=reject, parse_constant=reject
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
@@ -128,18 +136,9 @@ def _declared(pairs: list[tuple[str, object]]) -> _Declared | None:
     if len(shape) > MAX_DIMENSIONS:
         return None
     for number in (*shape, *span):
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not 0 <= number <= MAX_ELEMENTS:
             return None
     return _Declared(dtype, tuple(shape), span[0], span[1])
-
-
-def _first_repeated(pairs: list[tuple[str, object]]) -> str:
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            return key
-        seen.add(key)
-    return ""
 
 
 def _check(path: Path, header: dict[str, object], data_start: int, size: int) -> SafetensorsHeader:
@@ -161,6 +160,10 @@ def _check(path: Path, header: dict[str, object], data_start: int, size: int) ->
 def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    try:
+        "".join((*metadata, *metadata.values())).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{path}: __metadata__ holds half of a character (a lone surrogate)") from None
     return metadata
 
 
@@ -173,7 +176,8 @@ def _check_tensor(path: Path, name: str, declared: _Declared, data_start: int) -
             hint=f"the nearest known one is {close}" if close else None,
         )
     numel = prod(declared.shape)
-    if numel > MAX_ELEMENTS:
+    # Empty tensors, too: readers multiply the sizes from the left and overflow before they reach the zero.
+    if prod(n for n in declared.shape if n) > MAX_ELEMENTS:
         raise FormatError(f"{path}: tensor {name!r} has an impossible number of elements: {list(declared.shape)}")
     nbytes, rest = divmod(numel * dtype.bits, 8)
     span = declared.end - declared.begin

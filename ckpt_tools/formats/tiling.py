@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Final
 
 from ckpt_tools.core.errors import FormatError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+_NEIGHBOURS: Final = 128
+"""Boxes that a box is compared with on average: a grid over ranks has as many as its second longest side."""
+
+
+class _Tangle(Exception):
+    """More comparisons than any sharding over ranks needs; a hostile description could ask for quadratic work."""
 
 
 def find_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
@@ -22,7 +29,11 @@ def find_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
             return f"the piece at {list(offsets)} of size {list(sizes)} has another number of dimensions"
         if any(o < 0 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
             return f"the piece at {list(offsets)} of size {list(sizes)} reaches outside"
-    if overlap := _find_overlap(full, len(shape)):
+    try:
+        overlap = _find_overlap(full, len(shape))
+    except _Tangle:
+        return f"its {len(full):,} pieces are no grid"
+    if overlap:
         (a, a_sizes), (b, b_sizes) = overlap
         return f"the pieces at {list(a)} of size {list(a_sizes)} and at {list(b)} of size {list(b_sizes)} overlap"
     covered, wanted = sum(prod(sizes) for _, sizes in full), prod(shape)
@@ -47,8 +58,12 @@ def _find_overlap(boxes: Sequence[Box], dimensions: int) -> tuple[Box, Box] | No
         return boxes[0], boxes[1]
     sweep = max(range(dimensions), key=lambda d: len({offsets[d] for offsets, _ in boxes}))
     active: list[Box] = []
+    left = _NEIGHBOURS * (len(boxes) + 64)
     for box in sorted(boxes, key=lambda b: b[0][sweep]):
         active = [other for other in active if other[0][sweep] + other[1][sweep] > box[0][sweep]]
+        left -= len(active)
+        if left < 0:
+            raise _Tangle
         for other in active:
             if all(a < b + m and b < a + n for a, n, b, m in zip(*other, *box, strict=True)):
                 return other, box

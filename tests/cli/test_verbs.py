@@ -174,6 +174,12 @@ def test_names_from_a_file_cannot_steer_the_terminal(ckpt: Run, tmp_path: Path) 
     hostile = make_repository(tmp_path / "hostile")
     (hostile / "readme\033[2Jfile").write_text("x")
     ran = ckpt("inspect", hostile)
-    assert "\033" not in ran.stdout
-    assert "readme\\x1b[2Jfile" in ran.stdout
-    assert "readme\033[2Jfile" in json.loads(ckpt("inspect", hostile, "--json").stdout)["side_files"]
+    assert (ran.code, ran.stdout) == (3, "")
+    assert "readme\\x1b[2Jfile" in ran.stderr
+    assert "\033" not in ran.stderr
+    manifest = {"version": 1, "family": "a", "side": "hf", "tool": "t\033[2Jool", "digest": "d", "layout_version": 1}
+    (hostile / "readme\033[2Jfile").unlink()
+    (hostile / "ckpt-manifest.json").write_text(json.dumps(manifest))
+    shown = ckpt("inspect", hostile)
+    assert "\033" not in shown.stdout
+    assert "t\\x1b[2Jool" in shown.stdout

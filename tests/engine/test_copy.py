@@ -387,7 +387,7 @@ def test_each_header_is_parsed_once_however_many_tensors_it_names(
     source = make_repository(tmp_path / "source", num_experts=32)
     parsed: list[Path] = []
     read_header = hf.read_header
-    monkeypatch.setattr(hf, "read_header", lambda path: parsed.append(path) or read_header(path))
+    monkeypatch.setattr(hf, "read_header", lambda path, root: parsed.append(path) or read_header(path, root))
     report = convert(source, tmp_path / "native")
     files = list(source.glob("*.safetensors"))
     assert report.tensors > 100

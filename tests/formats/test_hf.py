@@ -96,8 +96,11 @@ def test_side_files_are_what_makes_the_model_usable_and_nothing_else(tmp_path: P
     outside.mkdir()
     (outside / "secret.json").write_text("x")
     (tmp_path / "linked").symlink_to(outside)
-    (tmp_path / "vocab.json").symlink_to(outside / "secret.json")
+    (tmp_path / "vocab.json").symlink_to(tmp_path / "original/params.json")
     assert list(open_repository(tmp_path).side_files) == sorted([*kept, "vocab.json"])
+    (tmp_path / "added_tokens.json").symlink_to(outside / "secret.json")
+    with pytest.raises(FormatError, match=r"added_tokens\.json is a link to .*secret\.json, outside of the checkpoint"):
+        open_repository(tmp_path)
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:

@@ -115,6 +115,18 @@ def test_a_repository_is_fetched_without_pickles_and_other_formats(hub: str, tmp
     assert (Path(main[0]) / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize("name", ["../../../../evil.json", "C:\\evil.json"])
+def test_a_listing_that_names_a_file_outside_is_refused(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(FILES, name, b"{}")
+    ((kind, message, _),) = resolve(hub, tmp_path / "home", "org/name#")
+    assert kind == "FormatError"
+    assert "the Hub client refuses org/name" in message
+    assert not list(tmp_path.rglob("*evil*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_weights_can_be_left_on_the_hub(hub: str, tmp_path: Path) -> None:
     ((path, _, _),) = resolve(hub, tmp_path, "org/name#")
     assert (Path(path) / "config.json").exists()

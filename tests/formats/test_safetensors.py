@@ -62,7 +62,12 @@ def test_header_of_the_reference_writer_is_read_with_absolute_positions(tmp_path
         (b' {"a": 1}', b"", "does not start with"),
         (b"{", b"", "not valid JSON"),
         (b'{"a\xff": 1}', b"", "not valid JSON"),
-        (b'{"a":' + b"[" * 100_000, b"", "not valid JSON"),
+        (b'{"a":' + b"[" * 10_000, b"", "not valid JSON"),
+        (b'{"a":' + b"[" * 100_000, b"", "more JSON values than"),
+        (b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', b"", "number -0"),
+        (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[1' + b"0" * 4000 + b",0]}}", b"", "not described by"),
+        ({"w": entry(shape=[1 << 40, 1 << 40, 0], span=(0, 0))}, b"", "impossible number of elements"),
+        ({"__metadata__": {"a": "\ud800"}}, b"", "half of a character"),
         (b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,4]}}', b"", "not valid JSON"),
         (b'{"a":{"dtype":"U8","shape":[4.0],"data_offsets":[0,4]}}', b"abcd", "number 4.0"),
         (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,4]}}', b"abcd", "number NaN"),
@@ -202,9 +207,9 @@ def test_45_000_tensors_are_planned_and_read_in_time_linear_in_their_number(tmp_
 
 
 def test_a_header_of_millions_of_entries_is_refused(tmp_path: Path) -> None:
-    entries = b",".join(b'"%07d":""' % i for i in range(1_000_001))
+    entries = b",".join(b'"%07d":"0123456789"' % i for i in range(1_000_001))
     path = write(tmp_path / "bomb.safetensors", b'{"__metadata__":{' + entries + b"}}")
-    with pytest.raises(FormatError, match="1,000,001 entries"):
+    with pytest.raises(FormatError, match="more JSON values than"):
         read_header(path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Final, NamedTuple, NoReturn
 from zlib import crc32
 
@@ -20,6 +21,7 @@ _MAX_DIRECTORY: Final = 1 << 16  # torch writes seven entries for one tensor
 _VERSION: Final = 45  # the first with zip64
 _DATE: Final = 33  # 1980-01-01, the format's zero
 _PAD_ID: Final = 0x4246  # "FB", the extra field that torch pads with
+_DESCRIPTORS: Final = (16, 24)  # bytes of a data descriptor, between the data and the next record, zip64 or not
 _ENCRYPTED: Final = 0x2041  # flags 0 (encrypted), 6 (strong), 13 (masked headers)
 
 MIN_SIZE: Final = _END.size
@@ -29,7 +31,7 @@ Fail = Callable[[str], NoReturn]
 
 
 class Entry(NamedTuple):
-    """A directory entry: `header` is the position of the local header, `limit` that of the directory."""
+    """A directory entry: `header` is the position of the local header, `limit` that of what follows the entry."""
 
     name: bytes
     header: int
@@ -70,7 +72,9 @@ def read_directory(read: Read, length: int, fail: Fail) -> dict[str, Entry]:
         if name in entries:
             fail(f"the archive holds {name!r} twice")
         entries[name] = entry
-    return entries
+    starts = sorted(entry.header for entry in entries.values())
+    ends = dict(pairwise((*starts, offset)))
+    return {name: entry._replace(limit=ends[entry.header]) for name, entry in entries.items()}
 
 
 def _read_end64(read: Read, end: int, fail: Fail) -> tuple[int, int, int]:
@@ -131,7 +135,10 @@ def find_data(entry: Entry, read: Read, fail: Fail) -> Stored:
     position = entry.header + _LOCAL.size + name_length + extra_length
     if signature != b"PK\x03\x04" or method or name_length != len(entry.name):
         fail(f"the header of {entry.name!r} is damaged")
-    if position + entry.size > entry.limit or read(entry.header + _LOCAL.size, name_length) != entry.name:
+    # One wrong bit in the length of the padding would shift the data: an entry ends where the next record begins.
+    rest = entry.limit - position - entry.size
+    described = rest in _DESCRIPTORS and read(position + entry.size, 4) == b"PK\x07\x08"
+    if (rest and not described) or read(entry.header + _LOCAL.size, name_length) != entry.name:
         fail(f"{entry.name!r} is out of bounds or has another name in its header")
     return Stored(position, entry.size)
 

@@ -68,6 +68,16 @@ class SavedTensor(NamedTuple):
             return 0
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.sizes, self.strides, strict=True))
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether elements may share bytes, as an expanded tensor's do; the writers of DCP make copies of such."""
+        reach = 0
+        for stride, n in sorted((stride, n) for n, stride in zip(self.sizes, self.strides, strict=True) if n > 1):
+            if stride <= reach:
+                return True
+            reach += (n - 1) * stride
+        return False
+
 
 class LocatedTensor(NamedTuple):
     """A tensor in a file: absolute position of its first element, and strides (None when row-major)."""
@@ -115,6 +125,8 @@ def locate(fd: int, start: int, length: int, path: Path) -> LocatedTensor:
         saved = _read_pickle(read(pickled.position, pickled.size))
     except FormatError as error:
         fail(error.message)
+    if saved.overlaps and 0 not in saved.sizes:
+        fail(f"strides {list(saved.strides)} place elements of {list(saved.sizes)} on each other")
     storage = _stored(entries, f"data/{saved.storage}", read, fail)
     if saved.extent * saved.dtype.itemsize > storage.size:
         fail(f"{list(saved.sizes)} elements of {saved.dtype} do not fit in the {storage.size:,} bytes stored")

@@ -8,6 +8,7 @@ from typing import Final, NoReturn
 
 from ckpt_tools.core.dtypes import BY_TORCH_NAME, DType
 from ckpt_tools.core.errors import FormatError
+from ckpt_tools.core.names import MAX_NAME_LENGTH
 from ckpt_tools.formats.dcp.inert import ORDERED_DICT, SIZE, Global, Record
 from ckpt_tools.formats.dcp.pickle_reader import loads
 from ckpt_tools.formats.tiling import Box
@@ -86,6 +87,8 @@ def parse(data: bytes, source: str) -> Description:
         if isinstance(entry, Record) and entry.kind == BYTES:
             blobs.append(name)
         else:
+            if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+                reader.fail(f"{name[:80]!r} is not a usable tensor name")
             tensors[name] = reader.tensor(name, entry)
     return Description(tensors, tuple(blobs), reader.locations(document.get("storage_data")))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -114,13 +115,15 @@ def _check_files(root: Path, pieces: Sequence[_Piece]) -> dict[str, int]:
         if file not in sizes:
             path = safe_join(root, file, named_by=str(root / METADATA_FILE))
             try:
-                sizes[file] = _size(path)
+                sizes[file] = _size(path, root)
             except NotFoundError:
                 sizes[file] = -1
         if sizes[file] < 0:
             faults[f"{file}: does not exist"] = None
         elif piece.location.position + piece.location.length > sizes[file]:
             faults[f"{file}: has {sizes[file]:,} bytes and is described as longer"] = None
+    if not faults:
+        faults = dict.fromkeys(_overlaps(pieces))
     if faults:
         raise FormatError(
             f"{root} is not a whole checkpoint\n{listed(faults, 20)}",
@@ -129,8 +132,17 @@ def _check_files(root: Path, pieces: Sequence[_Piece]) -> dict[str, int]:
     return sizes
 
 
-def _size(path: Path) -> int:
-    fd = open_input(path)
+def _overlaps(pieces: Sequence[_Piece]) -> Iterator[str]:
+    """Chunks that are said to lie in each other's bytes: no program saves so."""
+    ordered = sorted(pieces, key=lambda p: (p.location.file, p.location.position))
+    for one, other in pairwise(ordered):
+        place = one.location
+        if other.location.file == place.file and other.location.position < place.position + place.length:
+            yield f"{place.file}: {other.name} is said to begin inside {one.name}, at byte {other.location.position:,}"
+
+
+def _size(path: Path, root: Path) -> int:
+    fd = open_input(path, root)
     try:
         return os.fstat(fd).st_size
     finally:
@@ -145,7 +157,7 @@ def _locate_all(root: Path, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Loca
     found: dict[int, LocatedTensor] = {}
     for file, members in by_file.items():
         path = safe_join(root, file, named_by=str(root / METADATA_FILE))
-        fd = open_input(path)
+        fd = open_input(path, root)
         try:
             for i in members:
                 found[i] = _locate(fd, path, pieces[i])

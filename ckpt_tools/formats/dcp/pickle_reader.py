@@ -19,6 +19,7 @@ MAX_PICKLE_SIZE: Final = 1 << 30
 MAX_OPEN_MARKS: Final = 1000
 MAX_INTEGER_BYTES: Final = 16
 _PROTOCOLS: Final = range(2, 6)
+_HASH_MODULUS: Final = (1 << 61) - 1
 _UINT32: Final = struct.Struct("<I")
 
 
@@ -100,7 +101,10 @@ def loads(data: bytes, allowed: Collection[Global], source: str) -> object:
     # All that is made here lives to the end; the collector's passes over it are a third of the time.
     gc.disable()
     try:
-        return _run(machine)
+        value = _run(machine)
+        if machine.pos != len(data):
+            machine.fail("there are bytes after the end of the pickle")
+        return value
     except (IndexError, KeyError, struct.error):
         machine.fail("the pickle is malformed")
     finally:
@@ -251,6 +255,9 @@ def _key(m: _Machine, value: object) -> Hashable:
     # Tuples are refused: hashing a deeply nested one overflows the C stack.
     if not isinstance(value, str | int | Record) and value is not None:
         m.fail("a dictionary key is neither text, a whole number nor a record")
+    # Larger numbers can be chosen to have one hash all of them, and then a dictionary takes quadratic time.
+    if isinstance(value, int) and abs(value) >= _HASH_MODULUS:
+        m.fail("a dictionary key is a whole number of more than 60 bits")
     return value
 
 

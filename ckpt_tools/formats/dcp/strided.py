@@ -44,7 +44,7 @@ def _pieces(extent: int, spans: Sequence[tuple[int, int]]) -> dict[int, tuple[ra
     """
     offsets = [offset for offset, _ in spans]
     sizes = {size for _, size in spans}
-    if len(offsets) < 2 or len(sizes) != 1:
+    if len(offsets) < 2 or offsets[0] != 0 or len(sizes) != 1:
         return None
     (size,) = sizes
     width = offsets[1] - offsets[0]

@@ -209,6 +209,17 @@ def test_a_description_that_does_not_hold_is_refused(
         open_dcp(root)
 
 
+def test_chunks_that_are_said_to_lie_in_each_other_are_refused(tmp_path: Path) -> None:
+    root = save(tmp_path / "a", {"one": counted(8, 2), "two": counted(8, 2)})
+
+    def share(document: Metadata) -> None:
+        places = document.storage_data
+        places[MetadataIndex("two", [0, 0])].offset = places[MetadataIndex("one", [0, 0])].offset
+
+    with pytest.raises(FormatError, match="is said to begin inside"):
+        open_dcp(edit(root, share))
+
+
 def test_missing_files_are_listed_together(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"\.metadata does not exist"):
         open_dcp(tmp_path)

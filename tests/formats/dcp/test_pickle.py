@@ -29,9 +29,10 @@ from ckpt_tools.formats.dcp.pickle_writer import dumps
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 NUMBERS = st.integers(-(2**100), 2**100)
+KEYS = st.text() | st.integers(-(2**60), 2**60)
 PLAIN = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | NUMBERS, inner),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner),
     max_leaves=20,
 )
 
@@ -140,6 +141,7 @@ def malicious(root: Path) -> dict[str, bytes]:
         "APPEND to a record": b"\x80\x02ctorch\nfloat32\n)RK\x01a.",
         "dotted global": b"\x80\x04\x8c\x05torch\x8c\x0cstorage.open\x93.",
         "global that is no text": b"\x80\x04K\x01K\x02\x93.",
+        "number as key whose hash can be chosen": b"\x80\x02}\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x1fNs.",
         "list as key": b"\x80\x02}]K\x01s.",
         "deep tuple as key": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
         "open marks": b"\x80\x02" + b"(" * 100_000 + b".",
