@@ -23,6 +23,7 @@ def diff(
     left: Annotated[str, typer.Argument(metavar="LEFT", help="A checkpoint.")],
     right: Annotated[str, typer.Argument(metavar="RIGHT", help="Another one, on either side of the layout.")],
     family: options.Family = None,
+    like: options.Like = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -34,7 +35,7 @@ def diff(
     from ckpt_tools import api
 
     out = Output(json, quiet)
-    differences = api.diff(left, right, family=family)
+    differences = api.diff(left, right, family=family, like=like)
     out.show({"left": left, "right": right, "differences": differences}, _lines(left, right, differences))
     if differences:
         raise typer.Exit(MismatchError.exit_code)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.errors import LayoutError, UsageError, listed
 from ckpt_tools.core.names import fill
+from ckpt_tools.families.dialects.dialect import Dialect
 from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
-from ckpt_tools.layouts.layout import Layout, Shape, resolve
+from ckpt_tools.layouts.layout import BUFFER, Layout, Shape, resolve
 from ckpt_tools.layouts.rules import Rule
 
 LAYOUT_VERSION = 1
@@ -129,7 +130,12 @@ class Family:
     optional_layers: Mapping[str, str] = field(default_factory=dict)
 
     def layout(
-        self, config: Mapping[str, Any], *, form: str | None = None, names: Collection[str] | None = None
+        self,
+        config: Mapping[str, Any],
+        *,
+        form: str | None = None,
+        names: Collection[str] | None = None,
+        dialect: Dialect | None = None,
     ) -> Layout:
         """The layout for one config.
 
@@ -139,20 +145,41 @@ class Family:
                 are encoded, from `names`; without those it is the plain one.
             names: the names of a checkpoint or of a model, on either side: they decide whether optional layers are
                 there. Without them the config does.
+            dialect: whose tensors the native side has; None for ours.
 
         Raises:
-            LayoutError: the config is not of this family's form.
-            UsageError: the family has no such form.
+            LayoutError: the config is not of this family's form, or of a model that the dialect has no names for.
+            UsageError: the family has no such form, or the dialect does not know the family.
         """
-        shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names)
-        tied = dict(self.tied) if "tied" in shape.flags else {}
+        layers = {**self.optional_layers, **(dialect.optional_layers if dialect else {})}
+        shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names, layers)
         reads_form = form is None and names is not None
         chosen = self._form_of(config, names or ()) if reads_form else self._form(form or "")
-        extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped}
+        published = self._layout(config, shape, chosen, (chosen and chosen.rules) or self.rules, reads_form, names)
+        if dialect is None:
+            return published
+        rules = dialect.rules_of(self.name, (chosen and chosen.rules) or self.rules)
+        if rules is None:
+            raise UsageError(f"{dialect.title} has no names for {self.title}", hint=f"see `ckpt families {self.name}`")
+        return _spoken(published, self._layout(config, shape, chosen, rules, reads_form, names), dialect)
+
+    def _layout(
+        self,
+        config: Mapping[str, Any],
+        shape: Shape,
+        chosen: Form | None,
+        rules: tuple[Rule, ...],
+        reads_form: bool,
+        names: Collection[str] | None,
+    ) -> Layout:
+        """The layout of `rules`, the family's or a dialect's, for the form chosen."""
+        tied = dict(self.tied) if "tied" in shape.flags else {}
+        dropped = dict.fromkeys(self.dropped, BUFFER)
+        extra: dict[str, Any] = {"tied": tied, "native_tied": tied, "dropped": dropped}
         if chosen is None:
-            return resolve(self.name, self.rules, shape, None, **extra)
+            return resolve(self.name, rules, shape, None, **extra)
         extra |= {"form": chosen.name, "leaf_form": chosen.name if chosen.rules else ""}
-        encoding, rules = chosen.encoding_for(config), chosen.rules or self.rules
+        encoding = chosen.encoding_for(config)
 
         def encoding_of(template: str, name: str) -> Encoding | None:
             if reads_form:
@@ -189,13 +216,13 @@ class Family:
             found[form.plain_modules] = [name.removesuffix(".weight") for name in plain]
         return found
 
-    def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
-        """`shape` without its optional layers if none of `names` is in one."""
+    def _with_layers_of(self, shape: Shape, names: Collection[str], optional: Mapping[str, str]) -> Shape:
+        """`shape` without its optional layers if none of `names` is in one, given the templates of such names."""
         there = tuple(kind for kind in shape.layers if not set(kind.split("+")) & self.optional_layers.keys())
         prefixes = tuple(
             fill(template, layer=index, predict=index - len(there))
             for index, kind in enumerate(shape.layers)
-            for word, template in self.optional_layers.items()
+            for word, template in optional.items()
             if word in kind.split("+")
         )
         if not prefixes or any(name.startswith(prefixes) for name in names):
@@ -219,6 +246,27 @@ class Family:
             if any(name.endswith(suffix) for name in names) and (by_rows or form.name != "fp8-channel"):
                 return form
         return None
+
+
+def _spoken(published: Layout, spoken: Layout, dialect: Dialect) -> Layout:
+    """The layout of a dialect's tensors with all leaves that are published."""
+    missing = [leaf for name, leaf in published.leaves.items() if name not in spoken.leaves]
+    lent = {leaf.name: dialect.lender(leaf.name) for leaf in missing}
+    unknown = [name for name, lender in lent.items() if lender is None]
+    if unknown:
+        raise LayoutError(
+            f"{dialect.title} has no names for {len(unknown):,} tensors of such a {published.family} model:\n"
+            + listed(unknown),
+            hint="config.json belongs to another model, or names are given by another --dialect",
+        )
+    return replace(
+        spoken,
+        dialect=dialect.name,
+        leaves={**spoken.leaves, **{leaf.name: leaf for leaf in missing}},
+        lent={name: spoken.tied.get(lender, lender) for name, lender in lent.items() if lender},
+        native_tied=dict(dialect.tied) if published.tied else {},
+        dropped={**spoken.dropped, **dialect.dropped},
+    )
 
 
 def _strategies(config: Mapping[str, Any]) -> set[object]:
