@@ -61,4 +61,4 @@ def convert(
             progress=progress,
         )
     out.done(report, copy_lines(report))
-    out.hint(next_step(report, source))
+    out.hint(next_step(report, source, like))

@@ -52,9 +52,10 @@ def _rounded(report: CopyReport) -> str:
     return f"{report.rounded:,} of them hold values that do not read back bit for bit"
 
 
-def next_step(report: CopyReport, source: str) -> str:
+def next_step(report: CopyReport, source: str, like: str | None = None) -> str:
     """The command that checks what was made, or that makes what was planned."""
     if report.destination is not None:
-        return f"compare every value: ckpt verify {quote(report.destination)} --against {quote(source)}"
+        given = f" --like {quote(like)}" if like else ""
+        return f"compare every value: ckpt verify {quote(report.destination)} --against {quote(source)}{given}"
     verb = "convert" if report.target_side == "native" else "consolidate"
     return f"the same options make it: ckpt {verb} {quote(source)} DST"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,11 @@ from ckpt_tools.core.tensors import Checksum
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.execute import PlacedTask, Progress, run_threads
 from ckpt_tools.engine.files import FileReader
+
+try:
+    from isal.isal_zlib import crc32  # eight times as fast, where it is installed
+except ImportError:
+    from zlib import crc32
 
 BUFFER = 256 << 10
 """Bytes that a thread reads at once: they stay in a core's cache for the checksum."""
@@ -55,7 +59,7 @@ class ChecksumPass:
         for at in range(0, checksum.length, BUFFER):
             data = scratch("checksum", min(BUFFER, checksum.length - at))
             self._reader.read(checksum.file, checksum.position + at, data)
-            found = zlib.crc32(data, found)
+            found = crc32(data, found)
             if self._progress is not None:
                 self._progress.advance(len(data))
         if found != checksum.crc:

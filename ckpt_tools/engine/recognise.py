@@ -138,7 +138,7 @@ def _renamed(
     found: dict[str, StoredTensor] = {}
     for stored, tensor in tensors.items():
         parts = stored.removeprefix(prefix).split(".")
-        name = ".".join(part for part in parts if part not in wrappers)
+        name = ".".join(part for part in parts if part not in wrappers) or stored
         if name in found:
             raise FormatError(f"{where}: {stored} and another name are both {name} without wrappers")
         found[name] = tensor if name == tensor.name else replace(tensor, name=name)
@@ -182,6 +182,6 @@ def _refuse(readings: Sequence[Recognised], where: Path) -> None:
     names = list(dict.fromkeys(reading.spelling for reading in readings))
     hint = None
     if len(names) > 1:
-        hint = f"these are the nearest; {', '.join(names)} were tried, and --dialect chooses one"
+        hint = f"these are the nearest of {', '.join(names)}; --dialect chooses one of them"
     place = f"{where} (without the prefix {nearest.prefix})" if nearest.prefix else str(where)
     nearest.layout.check_names(nearest.tensors, nearest.side, place, hint=hint)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from automodel import NeMoAutoModelForCausalLM
 from ckpt_tools import consolidate, verify
 from tests.automodel.ranks import run_ranks
 from tests.checkpoints import make_repository, tensor_bytes
@@ -107,6 +108,16 @@ def test_torchtitans_experts_come_together_from_four_ranks(tmp_path: Path) -> No
     report = consolidate(tmp_path / "step-7", tmp_path / "out", like=source)
     assert (report.dialect, report.skipped) == ("torchtitan", 1)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
+
+
+def test_a_trainers_checkpoint_loads_into_a_model_as_its_repository_does(tmp_path: Path) -> None:
+    source = trained_like(make_repository(tmp_path / "source", "deepseek_v3"))
+    saved = save(writers.torchtitan(tensors_of(source), config_of(source)), tmp_path / "step-7")
+    consolidate(saved, tmp_path / "out", like=source)
+    (saved / "config.json").write_bytes((source / "config.json").read_bytes())
+    model, expected = (NeMoAutoModelForCausalLM.from_pretrained(place) for place in (saved, tmp_path / "out"))
+    assert any("layers.3." in name for name in model.state_dict())
+    assert writers.equal(model.state_dict(), expected.state_dict())
 
 
 def test_llamas_rows_give_the_logits_that_metas_rotary_embedding_gives(tmp_path: Path) -> None:

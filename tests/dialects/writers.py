@@ -1,7 +1,8 @@
 """State dicts as other trainers hold them, made of a repository's tensors independently of `ckpt_tools`.
 
 Each function follows the trainer's own conversion from Hugging Face, whose source is named. Run against the originals
-(torchtitan 0.3.0 and NeMo AutoModel 0.7.0) when this was written, they gave the same tensors.
+(torchtitan 0.3.0 and 0.2.2, NeMo AutoModel 0.7.0, torchtune 0.6.1) when this was written, they gave the same tensors;
+but for torchtitan's GPT-OSS, whose names are those of its model: its own conversion leaves the experts out.
 """
 
 from __future__ import annotations
