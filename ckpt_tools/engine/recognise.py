@@ -8,10 +8,10 @@ and the dialects of the family are tried. Exactly one has to fit; shapes are nev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.names import match
@@ -82,17 +82,28 @@ def recognise(
         return _as_they_are(store, dialect, where)
     if dialect is not None and dialect not in OURS:
         get_dialect(dialect)
-    elif not (plain := _read(store, store.tensors, "", chosen, config, dialect, form)).faults:
-        return plain
-    readings = list(_readings(store, chosen, config, dialect, form, where))
-    fitting = [reading for reading in readings if not reading.faults]
+    elif not _is_foreign(store.tensors, chosen):
+        # The common case, without a second look at the names.
+        reading = _read(store, _Candidate("", dialect, store.tensors, 0), chosen, config, form)
+        if not reading.faults:
+            return reading
+    candidates = _candidates(store, chosen, dialect, where)
+    fitting: list[Recognised] = []
+    for candidate in candidates:
+        if candidate.strangers and candidate.spelling in DIALECTS:
+            continue
+        reading = _read(store, candidate, chosen, config, form)
+        if not reading.faults:
+            if candidate.spelling not in DIALECTS:
+                return reading
+            fitting.append(reading)
     if len(fitting) > 1:
         raise UsageError(
             f"{where} can be read as " + " and as ".join(reading.spelling for reading in fitting),
             hint="choose one with --dialect",
         )
     if not fitting:
-        _refuse(readings, where)
+        _refuse(store, candidates, chosen, config, form, where)
     return fitting[0]
 
 
@@ -108,19 +119,55 @@ def _as_they_are(store: Store, dialect: str | None, where: Path) -> Recognised:
     return Recognised(identity({name: t.shape for name, t in tensors.items()}), "hf", prefix, tensors, {}, {})
 
 
-def _readings(
-    store: Store, family: Family, config: Mapping[str, Any], dialect: str | None, form: str, where: Path
-) -> Iterator[Recognised]:
-    """The readings worth comparing, published and own names first: others need a name of theirs without an index."""
+class _Candidate(NamedTuple):
+    """A way to read the names: without a prefix, as a dialect's, or as published or our own (`spelling` is None, or
+    says which). `strangers` is how many of them differ from all templates by more than indices."""
+
+    prefix: str
+    spelling: str | None
+    tensors: dict[str, StoredTensor]
+    strangers: int
+
+
+def _candidates(store: Store, family: Family, dialect: str | None, where: Path) -> list[_Candidate]:
+    """The readings that have something for them, a name without an index; published and own names come first."""
     cleaned = _renamed(store.tensors, "", WRAPPERS, where)
+    own, published = _templates(family)
+    found = []
     # What is published under other names is another model.
     for prefix in [""] if store.kind == "safetensors" else _prefixes(cleaned):
         tensors = _renamed(cleaned, prefix, frozenset(), where)
-        spellings = [None, *DIALECTS] if dialect is None else [dialect]
-        for spelling in spellings:
-            rules = DIALECTS[spelling].rules_of(family.name, family.rules) if spelling in DIALECTS else ()
-            if dialect or spelling is None or any(rule.native in tensors for rule in rules or ()):
-                yield _read(store, tensors, prefix, family, config, spelling, form)
+        patterns = {_pattern(name) for name in tensors}
+        if dialect in OURS or (dialect is None and not _is_foreign(tensors, family)):
+            strangers = min(_strangers(patterns, templates) for templates in (own, published))
+            found.append(_Candidate(prefix, dialect, tensors, strangers))
+        for name, known in DIALECTS.items():
+            rules = known.rules_of(family.name, family.rules) if dialect in (None, name) else None
+            said = {rule.native for rule in rules or ()}
+            if name == dialect or not said.isdisjoint(tensors):
+                strangers = _strangers(patterns, {*said, *known.dropped, *known.tied, *family.dropped})
+                found.append(_Candidate(prefix, name, tensors, strangers))
+    return found or [_Candidate("", dialect, cleaned, len(cleaned))]
+
+
+def _templates(family: Family) -> tuple[set[str], set[str]]:
+    """The templates of our names and of the published ones."""
+    leaves = {leaf.template for rule in family.rules for leaf in rule.value.leaves()}
+    return {rule.native for rule in family.rules}, leaves
+
+
+def _is_foreign(names: Collection[str], family: Family) -> bool:
+    """Whether none of the names without an index is published or ours."""
+    return not any(name in names for templates in _templates(family) for name in templates)
+
+
+def _pattern(template: str) -> str:
+    """A name or a template with `*` for each index."""
+    return ".".join("*" if part.isdecimal() or part.startswith("{") else part for part in template.split("."))
+
+
+def _strangers(patterns: Set[str], templates: Iterable[str]) -> int:
+    return len(patterns - {_pattern(template) for template in templates})
 
 
 def _prefixes(names: Collection[str]) -> list[str]:
@@ -145,19 +192,11 @@ def _renamed(
     return found
 
 
-def _read(
-    store: Store,
-    tensors: dict[str, StoredTensor],
-    prefix: str,
-    family: Family,
-    config: Mapping[str, Any],
-    spelling: str | None,
-    form: str,
-) -> Recognised:
-    """Names read as a dialect's; as published ones or our own, whichever are nearer, where none is given."""
+def _read(store: Store, candidate: _Candidate, family: Family, config: Mapping[str, Any], form: str) -> Recognised:
+    """Names read as a dialect's; or as published ones or our own, whichever are nearer, where neither is given."""
+    tensors, spelling = candidate.tensors, candidate.spelling
     dialect = DIALECTS.get(spelling or "")
-    form_here = form if dialect else None
-    layout = family.layout(config, names=tensors.keys(), form=form_here, dialect=dialect)
+    layout = family.layout(config, names=tensors.keys(), form=form if dialect else None, dialect=dialect)
     own = layout.native.keys() if dialect else frozenset()
     dropped = {
         name: reason
@@ -173,15 +212,24 @@ def _read(
         side = "hf" if spelling == "hf" else "native"
     if side == "native" and form and not dialect:
         layout = family.layout(config, form=form, names=left.keys())
-    return Recognised(layout, side, prefix, left, dropped, duplicates)
+    return Recognised(layout, side, candidate.prefix, left, dropped, duplicates)
 
 
-def _refuse(readings: Sequence[Recognised], where: Path) -> None:
-    """Raises the error that tells how far the nearest reading is from fitting."""
+def _refuse(
+    store: Store,
+    candidates: Sequence[_Candidate],
+    family: Family,
+    config: Mapping[str, Any],
+    form: str,
+    where: Path,
+) -> None:
+    """Raises the error that tells how far the nearest readings are from fitting."""
+    fewest = min(candidate.strangers for candidate in candidates)
+    readings = [_read(store, c, family, config, form) for c in candidates if c.strangers == fewest]
     nearest = min(readings, key=lambda reading: reading.faults)
-    names = list(dict.fromkeys(reading.spelling for reading in readings))
+    tried = dict.fromkeys(f"{c.spelling}" if c.spelling else " or ".join(OURS) for c in candidates)
     hint = None
-    if len(names) > 1:
-        hint = f"these are the nearest of {', '.join(names)}; --dialect chooses one of them"
+    if len(tried) > 1:
+        hint = f"these are the nearest of {', '.join(tried)} names; --dialect chooses"
     place = f"{where} (without the prefix {nearest.prefix})" if nearest.prefix else str(where)
     nearest.layout.check_names(nearest.tensors, nearest.side, place, hint=hint)

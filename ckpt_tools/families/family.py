@@ -10,7 +10,7 @@ from ckpt_tools.core.errors import LayoutError, UsageError, listed
 from ckpt_tools.core.names import fill
 from ckpt_tools.families.dialects.dialect import Dialect
 from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
-from ckpt_tools.layouts.layout import BUFFER, Layout, Shape, resolve
+from ckpt_tools.layouts.layout import BUFFER, Layout, LeafTensor, Shape, resolve
 from ckpt_tools.layouts.rules import Rule
 
 LAYOUT_VERSION = 1
@@ -155,13 +155,15 @@ class Family:
         shape = self.shape(config) if names is None else self._with_layers_of(self.shape(config), names, layers)
         reads_form = form is None and names is not None
         chosen = self._form_of(config, names or ()) if reads_form else self._form(form or "")
-        published = self._layout(config, shape, chosen, (chosen and chosen.rules) or self.rules, reads_form, names)
+        own = (chosen and chosen.rules) or self.rules
         if dialect is None:
-            return published
-        rules = dialect.rules_of(self.name, (chosen and chosen.rules) or self.rules)
+            return self._layout(config, shape, chosen, own, reads_form, names)
+        rules = dialect.rules_of(self.name, own)
         if rules is None:
             raise UsageError(f"{dialect.title} has no names for {self.title}", hint=f"see `ckpt families {self.name}`")
-        return _spoken(published, self._layout(config, shape, chosen, rules, reads_form, names), dialect)
+        spoken = self._layout(config, shape, chosen, rules, reads_form, names)
+        lacking = self._layout(config, shape, chosen, dialect.unsaid(own, rules), reads_form, names)
+        return _spoken(spoken, lacking.leaves, dialect)
 
     def _layout(
         self,
@@ -248,23 +250,22 @@ class Family:
         return None
 
 
-def _spoken(published: Layout, spoken: Layout, dialect: Dialect) -> Layout:
-    """The layout of a dialect's tensors with all leaves that are published."""
-    missing = [leaf for name, leaf in published.leaves.items() if name not in spoken.leaves]
-    lent = {leaf.name: dialect.lender(leaf.name) for leaf in missing}
+def _spoken(spoken: Layout, lacking: Mapping[str, LeafTensor], dialect: Dialect) -> Layout:
+    """The layout of a dialect's tensors, with the leaves that they lack."""
+    lent = {name: dialect.lender(name) for name in lacking}
     unknown = [name for name, lender in lent.items() if lender is None]
     if unknown:
         raise LayoutError(
-            f"{dialect.title} has no names for {len(unknown):,} tensors of such a {published.family} model:\n"
+            f"{dialect.title} has no names for {len(unknown):,} tensors of such a {spoken.family} model:\n"
             + listed(unknown),
             hint="config.json belongs to another model, or names are given by another --dialect",
         )
     return replace(
         spoken,
         dialect=dialect.name,
-        leaves={**spoken.leaves, **{leaf.name: leaf for leaf in missing}},
+        leaves={**spoken.leaves, **lacking},
         lent={name: spoken.tied.get(lender, lender) for name, lender in lent.items() if lender},
-        native_tied=dict(dialect.tied) if published.tied else {},
+        native_tied=dict(dialect.tied) if spoken.tied else {},
         dropped={**spoken.dropped, **dialect.dropped},
     )
 

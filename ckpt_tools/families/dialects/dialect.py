@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_tools.core.names import fields, match
-from ckpt_tools.layouts.rules import Deinterleave, Leaf, Node, Rule
+from ckpt_tools.layouts.rules import Deinterleave, Leaf, Node, Rule, Stack
 
 Respell = Callable[[Rule], Iterable[Rule]]
 """One rule of a family -> the rules of what a trainer stores of the same leaves."""
@@ -48,6 +48,16 @@ class Dialect:
         # A leaf that feeds several native tensors would come more than once.
         found = {(made.native, made.when, made.layers): made for rule in rules for made in respell(rule)}
         return tuple(found.values())
+
+    def unsaid(self, rules: Iterable[Rule], own: Iterable[Rule]) -> tuple[Rule, ...]:
+        """The leaves of a family's rules that none of this dialect's `own` rules has, each as a rule."""
+        said = {leaf.template for rule in own for leaf in rule.value.leaves()}
+        return tuple(
+            respelled(rule, leaf.template, Stack(leaf, "expert") if is_over_experts(rule) else leaf)
+            for rule in rules
+            for leaf in rule.value.leaves()
+            if leaf.template not in said
+        )
 
     def lender(self, leaf: str) -> str | None:
         """The leaf whose values one that is not stored has, None where there is none."""
