@@ -39,7 +39,8 @@ def diff(
     out.show({"left": left, "right": right, "differences": differences}, _lines(left, right, differences))
     if differences:
         raise typer.Exit(MismatchError.exit_code)
-    out.hint(f"values were not read; this compares them: ckpt verify {quote(left)} --against {quote(right)}")
+    given = f" --like {quote(like)}" if like else ""
+    out.hint(f"values were not read; this compares them: ckpt verify {quote(left)} --against {quote(right)}{given}")
 
 
 def _lines(left: str, right: str, differences: Sequence[Difference]) -> Iterator[str]:

@@ -120,8 +120,14 @@ def _as_they_are(store: Store, dialect: str | None, where: Path) -> Recognised:
 
 
 class _Candidate(NamedTuple):
-    """A way to read the names: without a prefix, as a dialect's, or as published or our own (`spelling` is None, or
-    says which). `strangers` is how many of them differ from all templates by more than indices."""
+    """A way to read the names.
+
+    Attributes:
+        prefix: what they begin with.
+        spelling: a dialect's, `hf` or `native`, or None for whichever of the last two is nearer.
+        tensors: by name without the prefix.
+        strangers: how many names differ from every template by more than indices.
+    """
 
     prefix: str
     spelling: str | None

@@ -265,7 +265,7 @@ def _spoken(spoken: Layout, lacking: Mapping[str, LeafTensor], dialect: Dialect)
         dialect=dialect.name,
         leaves={**spoken.leaves, **lacking},
         lent={name: spoken.tied.get(lender, lender) for name, lender in lent.items() if lender},
-        native_tied=dict(dialect.tied) if spoken.tied else {},
+        native_tied=dict(dialect.tied or spoken.tied) if spoken.tied else {},
         dropped={**spoken.dropped, **dialect.dropped},
     )
 

@@ -82,6 +82,8 @@ def test_prediction_layers_borrow_the_embeddings_and_the_head_that_torchtitan_do
     expected["model.layers.3.embed_tokens.weight"] = expected["model.embed_tokens.weight"]
     expected["model.layers.3.shared_head.head.weight"] = expected["lm_head.weight"]
     assert equal(out, expected)
+    (found,) = explain(saved, "model.layers.3.embed_tokens.weight", like=source)
+    assert found.rule == "not stored: the values of model.embed_tokens.weight"
 
 
 def test_a_routing_bias_without_a_place_is_left_out_and_said_to_be(tmp_path: Path) -> None:
@@ -92,14 +94,20 @@ def test_a_routing_bias_without_a_place_is_left_out_and_said_to_be(tmp_path: Pat
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
 
 
-def test_a_tied_head_that_is_saved_too_must_equal_the_embeddings(tmp_path: Path) -> None:
-    source = repository(tmp_path, "qwen3", tie_word_embeddings=True)
-    state = written(source, "torchtitan")
-    state["lm_head.weight"] = state["tok_embeddings.weight"].clone()
+@pytest.mark.parametrize(
+    ("dialect", "family", "embeddings"),
+    [("torchtitan", "qwen3", "tok_embeddings.weight"), ("transformers", "mixtral", "model.embed_tokens.weight")],
+)
+def test_a_tied_head_that_is_saved_too_must_equal_the_embeddings(
+    tmp_path: Path, dialect: str, family: str, embeddings: str
+) -> None:
+    source = repository(tmp_path, family, tie_word_embeddings=True)
+    state = written(source, dialect)
+    state["lm_head.weight"] = state[embeddings].clone()
     consolidate(save(state, tmp_path / "saved"), tmp_path / "out", like=source)
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
     state["lm_head.weight"] = torch.zeros_like(state["lm_head.weight"])
-    with pytest.raises(MismatchError, match=r"ties lm_head\.weight to tok_embeddings\.weight"):
+    with pytest.raises(MismatchError, match=rf"ties lm_head\.weight to {embeddings}"):
         consolidate(save(state, tmp_path / "other"), tmp_path / "again", like=source)
 
 

@@ -25,7 +25,8 @@ class Dialect:
         name: the name on the command line.
         title: whose names they are, for people.
         families: by name of the family, how each of its rules is respelled.
-        tied: stored names that may lie beside the name whose weights they share, where the config ties them.
+        tied: stored names that may lie beside the name whose weights they share, where the config ties them; empty
+            where both are as published.
         lent: templates of leaves that are not stored, with the leaf whose values they have.
         dropped: templates of stored names that have no place in a repository, with the reason; only where no rule has
             the name.

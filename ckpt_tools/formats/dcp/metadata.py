@@ -29,7 +29,7 @@ BLOB_REASON: Final = "a pickled object; never opened"
 OPTIMIZER_REASON: Final = "optimizer state"
 RUN_REASON: Final = "state of the training run"
 EXTRA_REASON: Final = "state of a kernel library"
-_OPTIMIZER_ROOT: Final = re.compile(r"(?:optimizer|optim|opt)s?(?:_states?|_\d+)?")
+_OPTIMIZER_ROOT: Final = re.compile(r"(?:optimizer|optim)s?(?:_states?|_\d+)?")
 _OPTIMIZER_LEAVES: Final = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta", "grad_avg"}
 )
@@ -38,7 +38,7 @@ _RUN_ROOTS: Final = frozenset(
     | {"extra_state", "seed", "step", "steps_run", "global_step", "epoch", "epochs_run", "total_epochs"}
     | {"max_steps_per_epoch"}
 )
-"""Keys under which trainers keep tensors of the run: torchtitan, torchtune, Lightning, VeOmni."""
+"""Keys under which trainers keep tensors of the run."""
 
 
 def open_dcp(root: Path) -> Store:
