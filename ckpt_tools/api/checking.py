@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from ckpt_tools.api.copying import consolidate, convert
+from ckpt_tools.api.opening import opened, opened_beside
 from ckpt_tools.api.reports import RoundtripReport, VerifyReport
-from ckpt_tools.engine.checkpoint import open_checkpoint
+from ckpt_tools.engine.checksums import verify_checksums
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
 from ckpt_tools.formats.hub import resolve_source
@@ -19,6 +20,8 @@ def verify(
     *,
     against: str | Path | None = None,
     family: str | None = None,
+    dialect: str | None = None,
+    like: str | Path | None = None,
     digests: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -29,7 +32,10 @@ def verify(
         path: any checkpoint: Hugging Face repository, native, or saved by training.
         against: another one of the same model, on either side of the layout; compared bit for bit.
         family: name of the family; None reads it from config.json.
-        digests: compare the digests of the manifest, where there is one.
+        dialect: whose names a trainer's checkpoint has, such as `torchtitan`; None finds it out from the names.
+        like: a repository of the same model, for a checkpoint without config.json of its own.
+        digests: compare the digests of the manifest, and the checksums that torch left in DCP files, where there are
+            any.
         threads: worker threads.
         progress: told of bytes as they are read.
 
@@ -38,22 +44,25 @@ def verify(
         MismatchError: a value differs from its digest or from the other checkpoint.
     """
     started = time.perf_counter()
-    checkpoint = open_checkpoint(resolve_source(str(path)).path, family=family)
+    checkpoint = opened(path, family=family, dialect=dialect, like=like)
     checks: Checks = verify_structure(checkpoint)
     check_duplicates(checkpoint)
     if digests:
         checks.done += verify_digests(checkpoint, threads=threads, progress=progress)
+        checks.done += verify_checksums(checkpoint, threads=threads, progress=progress)
     if against is not None:
-        other = open_checkpoint(resolve_source(str(against)).path, family=family, form=checkpoint.layout.form)
+        other = opened_beside(against, family, like, checkpoint.layout.form)
         # A native checkpoint can be seen against any form: against that of the other side.
         if other.layout.form != checkpoint.layout.form and checkpoint.side == "native":
-            checkpoint = open_checkpoint(checkpoint.root, family=family, form=other.layout.form)
+            form = other.layout.form
+            checkpoint = opened(path, family=family, form=form, dialect=dialect, like=like)
         count = compare(checkpoint, other, threads=threads, progress=progress)
         checks.done.append(f"values: {count:,} tensors equal those of {against} bit for bit")
     return VerifyReport(
         str(path),
         checkpoint.layout.family,
         checkpoint.side,
+        checkpoint.spelling,
         checks.tensors,
         checks.elements,
         checks.nbytes,
@@ -89,7 +98,7 @@ def roundtrip(
         there = convert(path, native, mesh=mesh, dequantize=True, family=family, threads=threads, progress=progress)
         again = consolidate(native, back, family=family, threads=threads, progress=progress)
         # A quantised source is compared with what it was dequantised to, and that with the plain repository.
-        encoded = open_checkpoint(path, family=family).is_encoded
+        encoded = opened(path, family=family).is_encoded
         if encoded:
             verify(native, against=path, family=family, threads=threads, progress=progress)
         checked = verify(back, against=native if encoded else path, family=family, threads=threads, progress=progress)

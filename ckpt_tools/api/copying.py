@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.api.opening import opened
 from ckpt_tools.api.reports import CopyReport
 from ckpt_tools.core.dtypes import DType, parse_dtype
-from ckpt_tools.core.errors import FormatError, UsageError
+from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError
 from ckpt_tools.core.sizes import parse_size
-from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
+from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
@@ -38,6 +39,8 @@ def convert(
     dtype: str | None = None,
     dequantize: bool = False,
     family: str | None = None,
+    dialect: str | None = None,
+    like: str | Path | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
     overwrite: bool = False,
@@ -57,6 +60,8 @@ def convert(
         dequantize: turn FP8 and MXFP4 tensors into BF16, or into F32 where `dtype` asks for it, unrounded; the native
             layout holds no codes, so a quantised source is refused otherwise.
         family: name of the family, `identity` to keep names; None reads it from config.json.
+        dialect: whose names a trainer's checkpoint has, such as `torchtitan`; None finds it out from the names.
+        like: a repository of the same model, for a checkpoint without config.json and tokenizer of its own.
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
@@ -67,7 +72,7 @@ def convert(
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
-    checkpoint = open_checkpoint(resolved.path, family=family)
+    checkpoint = opened(resolved.path, family=family, dialect=dialect, like=like)
     if checkpoint.is_encoded and not dequantize:
         raise UsageError(
             f"{source} is quantised ({checkpoint.layout.form}); the native layout holds plain floating point",
@@ -79,6 +84,7 @@ def convert(
         file_format=_one_of("file_format", file_format, ("dcp", "safetensors")),
         dtype=_dtype(dtype),
         max_file_size=parse_size(max_file_size),
+        layout=_own_layout(checkpoint),
     )
     options = _options(overwrite, threads, memory, progress)
     rounded: frozenset[str] = frozenset()
@@ -97,6 +103,8 @@ def consolidate(
     dtype: str | None = None,
     quantize: str | None = None,
     family: str | None = None,
+    dialect: str | None = None,
+    like: str | Path | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     threads: int | None = None,
@@ -104,7 +112,7 @@ def consolidate(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CopyReport:
-    """Makes a Hugging Face repository out of a native or training checkpoint.
+    """Makes a Hugging Face repository out of a native or training checkpoint, ours or another trainer's.
 
     The tensors have the names of the published model, config.json carries what transformers 4 and 5, vLLM and SGLang
     read, and the tokenizer's files are the source's, byte for byte.
@@ -118,6 +126,8 @@ def consolidate(
         quantize: `fp8` (blocks of 128x128), `fp8-channel` (a scale a row, compressed-tensors) or `mxfp4`, where the
             family is published in that form; None writes plain tensors.
         family: name of the family, `identity` to keep names; None reads it from config.json.
+        dialect: as for `convert`.
+        like: as for `convert`.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
         threads: worker threads.
@@ -127,7 +137,12 @@ def consolidate(
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source))
-    checkpoint = open_checkpoint(resolved.path, family=family, form=quantize or "")
+    checkpoint = opened(resolved.path, family=family, form=quantize or "", dialect=dialect, like=like)
+    if not checkpoint.config and family is None and checkpoint.store.kind != "safetensors":
+        raise NotFoundError(
+            f"{source} has no config.json, so its architecture is not known",
+            hint="give a repository of the same model with --like, or --family identity to keep all names",
+        )
     if readers is not None:
         checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
     target = _target_layout(checkpoint, quantize)
@@ -153,6 +168,8 @@ def plan(
     quantize: str | None = None,
     readers: str | None = None,
     family: str | None = None,
+    dialect: str | None = None,
+    like: str | Path | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
     memory: str | int | None = None,
@@ -162,7 +179,7 @@ def plan(
 
     Args:
         source: a checkpoint.
-        to: `native` or `hf`; None takes the side that the source is not.
+        to: `native` or `hf`; None takes `native` for a published repository and `hf` for anything else.
         mesh: as for `convert`.
         file_format: as for `convert`.
         dtype: as for both.
@@ -170,6 +187,8 @@ def plan(
         quantize: as for `consolidate`.
         readers: as for `consolidate`.
         family: as for both.
+        dialect: as for both.
+        like: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
         memory: bound of buffers.
@@ -177,7 +196,8 @@ def plan(
     """
     path = resolve_source(str(source), revision=revision).path
     if to is None:
-        to = "native" if open_checkpoint(path, family=family).side == "hf" else "hf"
+        checkpoint = opened(path, family=family, dialect=dialect, like=like)
+        to = "native" if checkpoint.side == "hf" and checkpoint.store.kind == "safetensors" else "hf"
     if _one_of("to", to, ("native", "hf")) == "hf":
         return consolidate(
             path,
@@ -186,6 +206,8 @@ def plan(
             dtype=dtype,
             quantize=quantize,
             family=family,
+            dialect=dialect,
+            like=like,
             max_shard_size=max_file_size,
             memory=memory,
             threads=threads,
@@ -199,6 +221,8 @@ def plan(
         dtype=dtype,
         dequantize=dequantize,
         family=family,
+        dialect=dialect,
+        like=like,
         max_file_size=max_file_size,
         memory=memory,
         threads=threads,
@@ -233,8 +257,16 @@ def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
     get_family(checkpoint.layout.family).check_written(form or "")
     if checkpoint.layout.form == (form or ""):
         return checkpoint.layout
-    family, names = get_family(checkpoint.layout.family), checkpoint.layout.native
+    family, names = get_family(checkpoint.layout.family), checkpoint.layout.leaves
     return family.layout(checkpoint.config, form=form or "", names=names)
+
+
+def _own_layout(checkpoint: Checkpoint) -> Layout:
+    """The layout of a native checkpoint that is made out of one, whoever named its tensors."""
+    layout = checkpoint.layout
+    if layout.dialect == "native":
+        return layout
+    return get_family(layout.family).layout(checkpoint.config, form=layout.form, names=layout.leaves)
 
 
 def _dtype(text: str | None) -> DType | None:
@@ -271,8 +303,8 @@ def _report(
     plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
 ) -> CopyReport:
     source: Checkpoint = plan.source
-    dropped = dict(source.dropped)
-    dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
+    dropped, ties = dict(source.dropped), source.layout.native_tied
+    dropped.update({name: f"tied to {ties[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
     threads = options.bounded_threads(per_thread)
     return CopyReport(
@@ -280,6 +312,8 @@ def _report(
         None if destination is None else str(destination),
         source.layout.family,
         source.side,
+        source.spelling,
+        source.prefix,
         plan.side,
         len(plan.copies),
         plan.nbytes_written,

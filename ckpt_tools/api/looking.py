@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt_tools.api.opening import opened, opened_beside
 from ckpt_tools.api.reports import FamilyReport, InspectReport
 from ckpt_tools.engine import describe
-from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.describe import Difference, Explanation
 from ckpt_tools.families import FAMILIES, get_family
-from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.families.dialects import DIALECTS
 
 
-def inspect(path: str | Path, *, family: str | None = None) -> InspectReport:
+def inspect(
+    path: str | Path, *, family: str | None = None, dialect: str | None = None, like: str | Path | None = None
+) -> InspectReport:
     """What a checkpoint holds, from its headers."""
-    checkpoint = open_checkpoint(resolve_source(str(path)).path, family=family)
+    checkpoint = opened(path, family=family, dialect=dialect, like=like)
     store, manifest = checkpoint.store, checkpoint.manifest
     return InspectReport(
         str(path),
         store.kind,
         checkpoint.layout.family,
         checkpoint.side,
+        checkpoint.spelling,
+        checkpoint.prefix,
         len(store.tensors),
         sum(t.numel for t in store.tensors.values()),
         store.nbytes,
@@ -33,17 +37,26 @@ def inspect(path: str | Path, *, family: str | None = None) -> InspectReport:
     )
 
 
-def diff(left: str | Path, right: str | Path, *, family: str | None = None) -> list[Difference]:
-    """Tensors that two checkpoints do not have in common, or have with another shape or dtype. Values are not read."""
-    return describe.differences(
-        open_checkpoint(resolve_source(str(left)).path, family=family),
-        open_checkpoint(resolve_source(str(right)).path, family=family),
-    )
+def diff(
+    left: str | Path, right: str | Path, *, family: str | None = None, like: str | Path | None = None
+) -> list[Difference]:
+    """Tensors that two checkpoints do not have in common, or have with another shape or dtype. Values are not read.
+
+    `like` is for those of the two that have no config.json of their own.
+    """
+    return describe.differences(opened_beside(left, family, like), opened_beside(right, family, like))
 
 
-def explain(path: str | Path, name: str, *, family: str | None = None) -> list[Explanation]:
+def explain(
+    path: str | Path,
+    name: str,
+    *,
+    family: str | None = None,
+    dialect: str | None = None,
+    like: str | Path | None = None,
+) -> list[Explanation]:
     """What a tensor's name is on the other side of the layout, and how it is made."""
-    return describe.explain(open_checkpoint(resolve_source(str(path)).path, family=family).layout, name)
+    return describe.explain(opened(path, family=family, dialect=dialect, like=like).layout, name)
 
 
 def list_families() -> list[FamilyReport]:
@@ -56,6 +69,7 @@ def list_families() -> list[FamilyReport]:
             family.model_types,
             family.data_only,
             tuple((rule.native, rule.value.describe()) for rule in family.rules),
+            tuple(name for name, dialect in DIALECTS.items() if family.name in dialect.families),
         )
         for family in map(get_family, FAMILIES)
     ]

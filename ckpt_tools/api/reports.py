@@ -16,6 +16,8 @@ class CopyReport:
         destination: directory that was made; None for a dry run.
         family: name of the family, `identity` where names stay as they are.
         source_side: `hf` or `native`.
+        dialect: whose names the source's tensors have: `hf`, `native`, or another trainer's, such as `torchtitan`.
+        prefix: what those names begin with beside the model's own, such as `model.`.
         target_side: `hf` or `native`.
         tensors: number of Hugging Face tensors that were moved.
         nbytes: bytes of all files with tensors.
@@ -36,6 +38,8 @@ class CopyReport:
     destination: str | None
     family: str
     source_side: str
+    dialect: str
+    prefix: str
     target_side: str
     tensors: int
     nbytes: int
@@ -58,6 +62,7 @@ class VerifyReport:
     path: str
     family: str
     side: str
+    dialect: str
     tensors: int
     elements: int
     nbytes: int
@@ -86,6 +91,8 @@ class InspectReport:
     format: str
     family: str
     side: str
+    dialect: str
+    prefix: str
     tensors: int
     parameters: int
     nbytes: int
@@ -99,7 +106,8 @@ class InspectReport:
 
 @dataclass(frozen=True)
 class FamilyReport:
-    """One supported family; `data_only` ones have no native model and train through transformers' class."""
+    """One supported family; `data_only` ones have no native model and train through transformers' class, `dialects`
+    are those of other trainers whose checkpoints are read."""
 
     name: str
     title: str
@@ -107,3 +115,4 @@ class FamilyReport:
     model_types: tuple[str, ...]
     data_only: bool
     rules: tuple[tuple[str, str], ...]
+    dialects: tuple[str, ...] = ()

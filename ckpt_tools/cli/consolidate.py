@@ -10,6 +10,7 @@ EXAMPLES = (
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
     "ckpt consolidate ./native ./published --for vllm,sglang",
+    "ckpt consolidate ./torchtitan/step-1000 ./published --like Qwen/Qwen3-30B-A3B",
 )
 
 
@@ -20,6 +21,8 @@ def consolidate(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     family: options.Family = None,
+    dialect: options.Dialect = None,
+    like: options.Like = None,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
     threads: options.Threads = None,
@@ -30,8 +33,9 @@ def consolidate(
 ) -> None:
     """Make a Hugging Face repository out of a native checkpoint.
 
-    Or out of what training saved. transformers 4 and 5, vLLM and SGLang load the result; the tokenizer's files are the
-    source's, byte for byte. A rerun after an interruption goes on where it stopped.
+    Or out of what training saved: DCP and sharded safetensors of torchtitan, accelerate, TRL, axolotl, NeMo AutoModel
+    and others, told apart by their names. transformers 4 and 5, vLLM and SGLang load the result; the tokenizer's files
+    are the source's, or --like's, byte for byte. A rerun after an interruption goes on where it stopped.
     """
     from ckpt_tools import api
     from ckpt_tools.cli.copying import copy_lines, next_step
@@ -45,6 +49,8 @@ def consolidate(
             dtype=dtype,
             quantize=quantize.value if quantize else None,
             family=family,
+            dialect=dialect,
+            like=like,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -53,4 +59,4 @@ def consolidate(
             progress=progress,
         )
     out.done(report, copy_lines(report))
-    out.hint(next_step(report, source))
+    out.hint(next_step(report, source, like))

@@ -21,6 +21,8 @@ def convert(
     dtype: options.Dtype = None,
     dequantize: options.Dequantize = False,
     family: options.Family = None,
+    dialect: options.Dialect = None,
+    like: options.Like = None,
     revision: options.Revision = None,
     max_file_size: options.MaxFileSize = "5GB",
     overwrite: options.Overwrite = False,
@@ -48,6 +50,8 @@ def convert(
             dtype=dtype,
             dequantize=dequantize,
             family=family,
+            dialect=dialect,
+            like=like,
             revision=revision,
             max_file_size=max_file_size,
             overwrite=overwrite,
@@ -57,4 +61,4 @@ def convert(
             progress=progress,
         )
     out.done(report, copy_lines(report))
-    out.hint(next_step(report, source))
+    out.hint(next_step(report, source, like))

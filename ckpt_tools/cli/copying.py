@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from ckpt_tools.cli.text import aligned, counted, duration
+from ckpt_tools.cli.text import aligned, counted, duration, names_of
 from ckpt_tools.core.sizes import format_size
 
 if TYPE_CHECKING:
     from ckpt_tools.api import CopyReport
 
-_SIDES = {"hf": "Hugging Face", "native": "native"}
 _LISTED = 5
 """Names left out for one reason that are shown one by one."""
 
@@ -25,8 +24,8 @@ def copy_lines(report: CopyReport) -> list[str]:
 def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
     planned = report.destination is None
     yield "plan" if planned else "made", report.destination or "nothing was written"
-    yield "from", f"{report.source} ({report.family}, {_SIDES[report.source_side]})"
-    yield "to", f"{_SIDES[report.target_side]}, {counted(report.files, 'file')}, {format_size(report.nbytes)}"
+    yield "from", f"{report.source} ({report.family}, {names_of(report.dialect, report.prefix)})"
+    yield "to", f"{names_of(report.target_side)}, {counted(report.files, 'file')}, {format_size(report.nbytes)}"
     yield "tensors", f"{report.tensors:,}" + (f", {report.casts:,} of them cast" if report.casts else "")
     if report.dequantized:
         yield "dequantised", counted(report.dequantized, "tensor")
@@ -53,9 +52,10 @@ def _rounded(report: CopyReport) -> str:
     return f"{report.rounded:,} of them hold values that do not read back bit for bit"
 
 
-def next_step(report: CopyReport, source: str) -> str:
+def next_step(report: CopyReport, source: str, like: str | None = None) -> str:
     """The command that checks what was made, or that makes what was planned."""
     if report.destination is not None:
-        return f"compare every value: ckpt verify {quote(report.destination)} --against {quote(source)}"
+        given = f" --like {quote(like)}" if like else ""
+        return f"compare every value: ckpt verify {quote(report.destination)} --against {quote(source)}{given}"
     verb = "convert" if report.target_side == "native" else "consolidate"
     return f"the same options make it: ckpt {verb} {quote(source)} DST"

@@ -23,6 +23,7 @@ def diff(
     left: Annotated[str, typer.Argument(metavar="LEFT", help="A checkpoint.")],
     right: Annotated[str, typer.Argument(metavar="RIGHT", help="Another one, on either side of the layout.")],
     family: options.Family = None,
+    like: options.Like = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -34,11 +35,12 @@ def diff(
     from ckpt_tools import api
 
     out = Output(json, quiet)
-    differences = api.diff(left, right, family=family)
+    differences = api.diff(left, right, family=family, like=like)
     out.show({"left": left, "right": right, "differences": differences}, _lines(left, right, differences))
     if differences:
         raise typer.Exit(MismatchError.exit_code)
-    out.hint(f"values were not read; this compares them: ckpt verify {quote(left)} --against {quote(right)}")
+    given = f" --like {quote(like)}" if like else ""
+    out.hint(f"values were not read; this compares them: ckpt verify {quote(left)} --against {quote(right)}{given}")
 
 
 def _lines(left: str, right: str, differences: Sequence[Difference]) -> Iterator[str]:

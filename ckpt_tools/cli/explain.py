@@ -9,7 +9,7 @@ import typer
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.output import Output
-from ckpt_tools.cli.text import aligned
+from ckpt_tools.cli.text import aligned, names_of
 
 if TYPE_CHECKING:
     from ckpt_tools.engine.describe import Explanation
@@ -26,6 +26,8 @@ def explain(
     path: options.AnyCheckpoint,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a tensor, on either side of the layout.")],
     family: options.Family = None,
+    dialect: options.Dialect = None,
+    like: options.Like = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -35,14 +37,14 @@ def explain(
     """
     from ckpt_tools import api
 
-    explanations = api.explain(path, name, family=family)
+    explanations = api.explain(path, name, family=family, dialect=dialect, like=like)
     lines = (line for explanation in explanations for line in _lines(explanation))
     Output(json, quiet).show({"explanations": explanations}, lines)
 
 
 def _lines(explanation: Explanation) -> Iterator[str]:
-    sides = {"native": ("native", "made of"), "hf": ("Hugging Face", "goes to")}
-    side, verb = sides[explanation.side]
+    side = names_of(explanation.side)
+    verb = "goes to" if explanation.side == "hf" else "made of"
     yield from aligned(
         (
             ("name", f"{explanation.name} {list(explanation.shape)}"),

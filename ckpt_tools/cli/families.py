@@ -65,6 +65,8 @@ def _table(reports: Sequence[FamilyReport]) -> Iterator[str]:
 
 def _layout(report: FamilyReport) -> Iterator[str]:
     yield f"{report.title} ({report.architecture})"
+    if report.dialects:
+        yield f"read under other names, too: {', '.join(report.dialects)}"
     for native, rule in report.rules:
         yield native
         yield f"    {rule}"

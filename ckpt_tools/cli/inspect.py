@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.output import Output
-from ckpt_tools.cli.text import aligned, counted
+from ckpt_tools.cli.text import aligned, counted, names_of
 from ckpt_tools.core.sizes import format_size
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ EXAMPLES = ("ckpt inspect ./Qwen3-30B-A3B", "ckpt inspect ./runs/tuned/step-1000
 def inspect(
     path: options.AnyCheckpoint,
     family: options.Family = None,
+    dialect: options.Dialect = None,
+    like: options.Like = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -28,7 +30,7 @@ def inspect(
     """
     from ckpt_tools import api
 
-    report = api.inspect(path, family=family)
+    report = api.inspect(path, family=family, dialect=dialect, like=like)
     Output(json, quiet).show(report, _lines(report))
 
 
@@ -42,7 +44,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
 
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     yield "path", report.path
-    yield "format", f"{report.format} ({report.side} side)"
+    yield "format", f"{report.format} ({names_of(report.dialect, report.prefix)})"
     yield "family", report.family
     yield "tensors", f"{report.tensors:,} with {counted(report.parameters, 'element')}, {format_size(report.nbytes)}"
     yield "files", f"{len(report.files):,}"

@@ -30,6 +30,13 @@ def complete_family(incomplete: str) -> list[str]:
     return [name for name in (*FAMILIES, "identity") if name.startswith(incomplete)]
 
 
+def complete_dialect(incomplete: str) -> list[str]:
+    """Names of the dialects that begin with what was typed."""
+    from ckpt_tools.families.dialects import DIALECTS, OURS
+
+    return [name for name in (*OURS, *DIALECTS) if name.startswith(incomplete)]
+
+
 def complete_dtype(incomplete: str) -> list[str]:
     """Names of the dtypes that tensors can be cast to, as torch spells them."""
     from ckpt_tools.core.dtypes import DTYPES
@@ -61,7 +68,8 @@ Source = Annotated[
     ),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="SRC", help="Directory of a native or training checkpoint. Example: ./native")
+    str,
+    typer.Argument(metavar="SRC", help="Directory of a native checkpoint, or of a trainer's. Example: ./native"),
 ]
 AnyCheckpoint = Annotated[
     str,
@@ -116,6 +124,24 @@ Family = Annotated[
         "--family",
         help="Family of the model; identity keeps all names. Default: read from config.json. Example: --family mixtral",
         autocompletion=complete_family,
+    ),
+]
+Dialect = Annotated[
+    str | None,
+    typer.Option(
+        "--dialect",
+        help="Whose tensor names another trainer's checkpoint has. Default: found out from the names. "
+        "Example: --dialect torchtitan",
+        autocompletion=complete_dialect,
+    ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="REPO",
+        help="Repository of the same model, whose config.json and tokenizer belong to a checkpoint that has none. "
+        "Default: the checkpoint's own. Example: --like Qwen/Qwen3-30B-A3B",
     ),
 ]
 Revision = Annotated[

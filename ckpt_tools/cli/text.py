@@ -38,6 +38,14 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes:02d} min"
 
 
+def names_of(dialect: str, prefix: str = "") -> str:
+    """`native`, `Hugging Face`, `torchtitan names`, `Hugging Face names after model.`."""
+    known = {"hf": "Hugging Face", "native": "native"}
+    if prefix:
+        return f"{known.get(dialect, dialect)} names after {prefix}"
+    return known.get(dialect) or f"{dialect} names"
+
+
 def printable(text: str) -> str:
     """The text with control and formatting characters escaped: names come from files, and terminals obey such bytes."""
     if text.isprintable():

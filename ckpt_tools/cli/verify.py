@@ -8,7 +8,7 @@ import typer
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.output import Output
-from ckpt_tools.cli.text import aligned, counted, duration
+from ckpt_tools.cli.text import aligned, counted, duration, names_of
 from ckpt_tools.core.sizes import format_size
 
 if TYPE_CHECKING:
@@ -32,9 +32,14 @@ def verify(
         ),
     ] = None,
     family: options.Family = None,
+    dialect: options.Dialect = None,
+    like: options.Like = None,
     digests: Annotated[
         bool,
-        typer.Option("--digests/--no-digests", help="Compare values with the digests of the manifest."),
+        typer.Option(
+            "--digests/--no-digests",
+            help="Compare values with the digests of the manifest, or with the checksums that torch saved.",
+        ),
     ] = True,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -49,7 +54,16 @@ def verify(
 
     out = Output(json, quiet)
     with out.progress() as progress:
-        report = api.verify(path, against=against, family=family, digests=digests, threads=threads, progress=progress)
+        report = api.verify(
+            path,
+            against=against,
+            family=family,
+            dialect=dialect,
+            like=like,
+            digests=digests,
+            threads=threads,
+            progress=progress,
+        )
     out.done(report, _lines(report))
 
 
@@ -59,5 +73,5 @@ def _lines(report: VerifyReport) -> list[str]:
     )
     return [
         *aligned(("ok", check) for check in report.checks),
-        f"verified {report.path} ({report.family}, {report.side}): {checked}, {duration(report.seconds)}",
+        f"verified {report.path} ({report.family}, {names_of(report.dialect)}): {checked}, {duration(report.seconds)}",
     ]

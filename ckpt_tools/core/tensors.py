@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckpt_tools.core.dtypes import DType
 
@@ -56,6 +56,16 @@ class StoredTensor:
         return self.dtype.nbytes(self.numel)
 
 
+class Checksum(NamedTuple):
+    """The CRC-32 that a file records of a part of itself."""
+
+    tensor: str
+    file: str
+    position: int
+    length: int
+    crc: int
+
+
 @dataclass(slots=True)
 class Store:
     """The tensors of one checkpoint, read from headers alone.
@@ -67,6 +77,8 @@ class Store:
         files: size in bytes of each file that holds tensor data, by relative path.
         skipped: entries that are not tensors of the model (optimizer state, byte blobs), by name, with the reason.
         metadata: free text that the format carries (`__metadata__` of the first safetensors file).
+        nested: key of the saved state dict that all tensors are under, joined to their names; empty for none.
+        checksums: of stored records, where the format has them.
     """
 
     root: Path
@@ -75,6 +87,8 @@ class Store:
     files: dict[str, int]
     skipped: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    nested: str = ""
+    checksums: tuple[Checksum, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -10,16 +10,18 @@ from typing import Any
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
-from ckpt_tools.core.names import match
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.manifest import Manifest, read_manifest
-from ckpt_tools.families import family_of, get_family
+from ckpt_tools.engine.recognise import recognise
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
 from ckpt_tools.formats.documents import read_json_object
 from ckpt_tools.layouts.encodings import VALUES
-from ckpt_tools.layouts.layout import Layout, Side, identity
+from ckpt_tools.layouts.layout import Layout, Side
+
+MODEL_FOLDERS = ("pytorch_model_fsdp_0", "model")
+"""Folders in which accelerate and NeMo AutoModel save the model, beside one for the optimizer."""
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Checkpoint:
         duplicates: tied names that the files hold although the config shares them, with the name they share.
         dropped: names left out because they hold no weights, with the reason.
         shared: leaves that have no tensor of their own, with the leaf whose values they have.
+        prefix: what the stored names begin with beside the model's own, such as `model.`.
     """
 
     root: Path
@@ -51,6 +54,12 @@ class Checkpoint:
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    @property
+    def spelling(self) -> str:
+        """Whose names the tensors have: `hf`, `native`, or the name of another dialect."""
+        return self.layout.spelling(self.side)
 
     @property
     def digests(self) -> Mapping[str, str] | None:
@@ -80,9 +89,8 @@ class Checkpoint:
         """This checkpoint with a leaf for each of two tied names, as a model that does not tie them has."""
         leaves = self.layout.leaves
         both = {name: replace(leaves[other], name=name) for name, other in self.layout.tied.items()}
-        return replace(
-            self, layout=replace(self.layout, leaves={**leaves, **both}, tied={}), shared=dict(self.layout.tied)
-        )
+        layout = replace(self.layout, leaves={**leaves, **both}, tied={})
+        return replace(self, layout=layout, shared={**self.shared, **self.layout.tied})
 
     def leaf_dtypes(self) -> dict[str, DType]:
         """Dtype of the values of every leaf."""
@@ -102,44 +110,92 @@ class Checkpoint:
         return found | {name: found[other] for name, other in self.shared.items()}
 
 
-def open_checkpoint(path: Path, *, family: str | None = None, form: str | None = None) -> Checkpoint:
-    """Opens a Hugging Face repository, a native checkpoint or a training checkpoint from its headers.
+def open_checkpoint(
+    path: Path,
+    *,
+    family: str | None = None,
+    form: str | None = None,
+    dialect: str | None = None,
+    like: Path | None = None,
+) -> Checkpoint:
+    """Opens a Hugging Face repository, a native checkpoint or one that some trainer saved, from its headers.
 
     Args:
-        path: its directory.
+        path: its directory, or the one around it where accelerate or NeMo AutoModel put the model into a folder.
         family: name of the family, `identity` for names as they are; None reads it from config.json.
         form: for a native checkpoint, the form of the Hugging Face side that it is seen against: `fp8`, empty for the
             plain one, None for the one that its manifest speaks of.
+        dialect: whose names the tensors have: `hf`, `native`, `torchtitan`, ...; None finds it out from the names.
+        like: directory of a repository of the same model, whose config.json and side files are taken.
 
     Raises:
         NotFoundError: there is nothing there.
         FormatError: a file is malformed.
         LayoutError: names or shapes are not those of the family.
+        UsageError: the names are those of several dialects, or not those of the one that is given.
     """
     path = Path(path)
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
-    store, side_root, config, side_files = _open_files(path)
-    manifest = read_manifest(path)
+    store = _open_files(path)
+    side_root = _side_root(path, store.root) if like is None else _side_root(like, like)
+    config = read_config(side_root)
+    if like is not None and not config:
+        raise NotFoundError(f"{like} has no config.json", hint="give the directory of a repository with --like")
+    manifest = read_manifest(store.root)
     if form is None:
         form = manifest.form if manifest else ""
-    layout, side, duplicates, dropped = _recognise(store, config, family, form, path)
-    checkpoint = Checkpoint(path, store, layout, side, config, side_root, side_files, manifest, duplicates, dropped)
+    found = recognise(store, config, family=family, dialect=dialect, form=form, where=path)
+    store.tensors = found.tensors
+    checkpoint = Checkpoint(
+        store.root,
+        store,
+        found.layout,
+        found.side,
+        config,
+        side_root,
+        hf.side_files(side_root),
+        manifest,
+        found.duplicates,
+        found.dropped,
+        found.layout.lent,
+        found.prefix,
+    )
     _check_shapes(checkpoint)
     return checkpoint
 
 
-def _open_files(path: Path) -> tuple[Store, Path, Mapping[str, Any], tuple[str, ...]]:
-    is_dcp = os.path.lexists(path / ".metadata")
-    if is_dcp or sharded_safetensors.is_sharded(path):
-        store = dcp.open_dcp(path) if is_dcp else sharded_safetensors.open_sharded(path)
-        beside = path / "hf"
-        if beside.is_symlink():
-            raise FormatError(f"{beside} is a symbolic link", hint="put the folder in its place")
-        side_root = beside if beside.is_dir() else path
-        return store, side_root, read_config(side_root), hf.side_files(side_root)
-    repository = hf.open_repository(path)
-    return repository.store, path, repository.config, repository.side_files
+def _open_files(path: Path) -> Store:
+    """The tensors in a directory, or in the folder of it that trainers put a model's into."""
+    for root in (path, *(_own_folder(path, folder) for folder in MODEL_FOLDERS)):
+        if os.path.lexists(root / ".metadata"):
+            return dcp.open_dcp(root)
+        if sharded_safetensors.is_sharded(root):
+            return sharded_safetensors.open_sharded(root)
+        if root is path and any(name.endswith(".safetensors") for name in os.listdir(path)):
+            break
+    return hf.open_repository(path).store
+
+
+def _side_root(path: Path, root: Path) -> Path:
+    """Where the config and side files of a checkpoint lie: in a folder beside its tensors, or with them."""
+    beside = _own_folder(root, "hf")
+    if beside.is_dir():
+        return beside
+    places = (_own_folder(root, ".hf_metadata"), root, path)
+    return next((place for place in places if (place / hf.CONFIG).exists()), root)
+
+
+def _own_folder(root: Path, name: str) -> Path:
+    """A folder of a checkpoint, that may be missing.
+
+    Raises:
+        FormatError: it is a link, which could lead out of the checkpoint.
+    """
+    path = root / name
+    if path.is_symlink():
+        raise FormatError(f"{path} is a symbolic link", hint="put the folder in its place")
+    return path
 
 
 def read_config(root: Path) -> Mapping[str, Any]:
@@ -150,29 +206,6 @@ def read_config(root: Path) -> Mapping[str, Any]:
     """
     path = root / "config.json"
     return read_json_object(path) if os.path.lexists(path) else {}
-
-
-def _recognise(
-    store: Store, config: Mapping[str, Any], family: str | None, form: str, path: Path
-) -> tuple[Layout, Side, dict[str, StoredTensor], dict[str, str]]:
-    chosen = None if family == "identity" else get_family(family) if family else family_of(config)
-    if chosen is None:
-        return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, {}
-    layout = chosen.layout(config, names=store.tensors.keys())
-    dropped = {
-        name: "a buffer that holds no weights" for name in store.tensors if any(match(t, name) for t in layout.dropped)
-    }
-    dropped |= dict.fromkeys(layout.beside & store.tensors.keys(), "a scale of activations, which plain weights lack")
-    duplicates = {name: store.tensors[name] for name in layout.tied if name in store.tensors}
-    for name in (*dropped, *duplicates):
-        del store.tensors[name]
-    names = store.tensors.keys()
-    # The side is chosen by names, never by shape. Where neither fits, the error speaks of the nearer one.
-    side = layout.side_of(names, tie="hf" if store.kind == "safetensors" else "native")
-    if side == "native" and form:
-        layout = chosen.layout(config, form=form, names=names)
-    layout.check_names(names, side, str(path))
-    return layout, side, duplicates, dropped
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -197,7 +230,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):
             wrong.append(f"{part.name} is {dtype}, the {layout.form} form of {leaf.name} has {part.dtype}")
     for name, tensor in checkpoint.duplicates.items():
-        other = checkpoint.store.tensors[layout.tied[name]]
+        other = checkpoint.store.tensors[layout.native_tied[name]]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             wrong.append(f"{name} is tied to {other.name} by the config but differs from it in shape or dtype")
     if wrong:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine.checksums import ChecksumPass
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
@@ -122,6 +123,8 @@ def run_plan(
         with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
             try:
+                # A source without digests of ours may have its writer's checksums.
+                checks = ChecksumPass(reader, () if plan.source.digests else plan.source.store.checksums)
                 executed = execute(
                     plan.copies,
                     reader,
@@ -130,9 +133,11 @@ def run_plan(
                     threads=threads,
                     progress=options.progress,
                     expected=plan.source.digests,
+                    beside=checks.tasks(),
                 )
                 manifest.tensors = executed.digests
                 reader.check_unchanged()
+                checks.finish(plan.source.root)
             except MismatchError:
                 journal.close()
                 staging.discard()

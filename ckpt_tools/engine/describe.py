@@ -78,7 +78,7 @@ class Explanation:
 
     Attributes:
         name: the name asked for.
-        side: the side that it is a name of.
+        side: the side that it is a name of: `hf`, `native`, or another trainer's dialect.
         shape: its shape.
         rule: the rule in words.
         counterparts: names on the other side with their shapes.
@@ -103,8 +103,12 @@ def explain(layout: Layout, name: str) -> list[Explanation]:
         leaves = dict.fromkeys(piece.leaf for piece in tensor.view.pieces)
         rule = tensor.rule.value.describe() if tensor.rule else "as it is"
         counterparts = tuple((leaf, layout.leaves[leaf].shape) for leaf in leaves)
-        found.append(Explanation(name, "native", tensor.shape, rule, counterparts))
-    if name in layout.leaves:
+        found.append(Explanation(name, layout.dialect, tensor.shape, rule, counterparts))
+    if name in layout.lent:
+        lender = layout.lent[name]
+        rule = f"not stored: the values of {lender}"
+        found.append(Explanation(name, "hf", layout.leaves[name].shape, rule, ((lender, layout.leaves[lender].shape),)))
+    elif name in layout.leaves:
         users = [t for t in layout.native.values() if any(p.leaf == name for p in t.view.pieces)]
         if [t.name for t in users] != [name]:
             rule = "; ".join(f"{t.name}: {t.rule.value.describe()}" if t.rule else "as it is" for t in users)

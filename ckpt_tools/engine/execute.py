@@ -6,11 +6,14 @@ the caller; nothing is swallowed in a worker.
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from typing import Protocol, TypeVar
 
 from ckpt_tools.core.errors import MismatchError
@@ -44,6 +47,10 @@ class Task:
     copy: LeafCopy
     low: int
     high: int
+
+
+PlacedTask = tuple[tuple[str, int], Callable[[], None]]
+"""Work that begins to read at a place: (file, position)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ def execute(
     threads: int | None = None,
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
+    beside: Iterable[PlacedTask] = (),
 ) -> Executed:
     """Copies the leaves.
 
@@ -116,6 +124,8 @@ def execute(
         threads: number of worker threads.
         progress: told of bytes as they are written, those of a resumed run's journal at once.
         expected: digests of leaves in the source, checked for leaves whose values do not change.
+        beside: other reads of the source by place, done when the copy comes there: what is read twice is then read
+            from the disk once.
 
     Raises:
         MismatchError: a leaf does not have the digest that the source's manifest records.
@@ -128,7 +138,12 @@ def execute(
             sum((t.high - t.low) * t.copy.source.itemsize for t in tasks_of(copies) if t.number in journal.done)
         )
     pending = (task for task in tasks_of(copies) if task.number not in journal.done)
-    run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
+
+    def act(task: Task) -> None:
+        journal.record(task.number, run_task(task, reader, writer, progress))
+
+    placed: Iterator[PlacedTask] = ((task.copy.source.first(), partial(act, task)) for task in pending)
+    run_threads(heapq.merge(beside, placed, key=itemgetter(0)), lambda task: task[1](), threads)
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
     for task in tasks_of(copies):

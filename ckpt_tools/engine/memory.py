@@ -105,10 +105,12 @@ def load_boxes(
             raise LayoutError(f"{checkpoint.root} has no tensor {box.name}")
     target = _memory_store(layout, boxes)
     names = {box.name for box in boxes}
-    leaves = {p.leaf for name in names for p in layout.native[name].view.pieces}
+    shared = checkpoint.shared
+    leaves = {shared.get(p.leaf, p.leaf) for name in names for p in layout.native[name].view.pieces}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
-        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
+        (LeafCopy(leaf, 0, decoded_as(incoming[shared.get(leaf, leaf)], end.dtype), end), end)
+        for leaf, end in _box_ends(layout, target)
     )
     with FileReader(checkpoint.root) as reader:
         _run_parts(copies, reader, _files(boxes), threads)

@@ -26,12 +26,17 @@ def plan_native(
     file_format: NativeFormat,
     dtype: DType | None,
     max_file_size: int,
+    layout: Layout | None = None,
 ) -> Plan:
-    """The plan of a native checkpoint, sharded for `mesh` or whole in files of at most `max_file_size` bytes."""
+    """The plan of a native checkpoint, sharded for `mesh` or whole in files of at most `max_file_size` bytes.
+
+    Its tensors are the native ones of `layout`, by default of the source's.
+    """
+    layout = layout or source.layout
     leaf_dtypes = target_dtypes(source, dtype)
-    dtypes = native_dtypes(source.layout, leaf_dtypes)
-    place = _whole(source.layout, dtypes, max_file_size) if mesh is None else _sharded(source.layout, mesh)
-    tensors: Tensors = {name: (dtypes[name], t.shape, []) for name, t in source.layout.native.items()}
+    dtypes = native_dtypes(layout, leaf_dtypes)
+    place = _whole(layout, dtypes, max_file_size) if mesh is None else _sharded(layout, mesh)
+    tensors: Tensors = {name: (dtypes[name], t.shape, []) for name, t in layout.native.items()}
     for name, offsets, sizes, number in place:
         file = f"__{number}_0.distcp" if mesh else f"__0_{number}.distcp"
         if file_format == "safetensors":
@@ -39,7 +44,7 @@ def plan_native(
         tensors[name][2].append((offsets, sizes, file))
     planner = dcp.plan_dcp if file_format == "dcp" else sharded_safetensors.plan_sharded
     target: TargetFiles = planner(tensors)
-    return plan_copy(source, target, "native")
+    return plan_copy(source, target, "native", layout)
 
 
 def plan_huggingface(

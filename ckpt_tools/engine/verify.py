@@ -57,6 +57,8 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
     """
     manifest = checkpoint.manifest
     if manifest is None:
+        if checkpoint.store.checksums:
+            return []
         return ["digests: none recorded (no ckpt-manifest.json); values were not checked"]
     if manifest.digest != ALGORITHM:
         raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
@@ -311,7 +313,7 @@ def check_duplicates(checkpoint: Checkpoint) -> None:
         MismatchError: the values differ.
     """
     for name, tensor in checkpoint.duplicates.items():
-        twin = checkpoint.store.tensors[checkpoint.layout.tied[name]]
+        twin = checkpoint.store.tensors[checkpoint.layout.native_tied[name]]
         pair = [LeafCopy(t.name, addressable(t.dtype, t.numel)[1], plain(t, leaf_extents(t))) for t in (tensor, twin)]
         with FileReader(checkpoint.root) as reader:
             differ = any(_difference(task, pair[1], reader, reader) is not None for task in tasks_of(pair[:1]))

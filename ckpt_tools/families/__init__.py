@@ -12,7 +12,7 @@ from ckpt_tools.core.names import nearest
 from ckpt_tools.families.family import Family
 from ckpt_tools.layouts.layout import Layout
 
-_SHARED = frozenset({"decoder", "delta_net", "family", "readers"})
+_SHARED = frozenset({"decoder", "delta_net", "dialects", "family", "readers"})
 """Modules that families are composed of."""
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__) if module.name not in _SHARED))
 """Names of the families, each a module of this package; none is imported before it is asked for."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt_tools.core.configs import MAX_TENSORS, check_counts, config_errors
-from ckpt_tools.core.errors import LayoutError, UsageError
+from ckpt_tools.core.errors import LayoutError, UsageError, listed
 from ckpt_tools.core.names import fill
+from ckpt_tools.families.dialects.dialect import Dialect
 from ckpt_tools.layouts.encodings import ENCODINGS, Encoding
-from ckpt_tools.layouts.layout import Layout, Shape, resolve
+from ckpt_tools.layouts.layout import BUFFER, Layout, LeafTensor, Shape, resolve
 from ckpt_tools.layouts.rules import Rule
 
 LAYOUT_VERSION = 1
@@ -131,7 +132,12 @@ class Family:
 
     @config_errors()
     def layout(
-        self, config: Mapping[str, Any], *, form: str | None = None, names: Collection[str] | None = None
+        self,
+        config: Mapping[str, Any],
+        *,
+        form: str | None = None,
+        names: Collection[str] | None = None,
+        dialect: Dialect | None = None,
     ) -> Layout:
         """The layout for one config.
 
@@ -141,23 +147,46 @@ class Family:
                 are encoded, from `names`; without those it is the plain one.
             names: the names of a checkpoint or of a model, on either side: they decide whether optional layers are
                 there. Without them the config does.
+            dialect: whose tensors the native side has; None for ours.
 
         Raises:
-            LayoutError: the config is not of this family's form.
-            UsageError: the family has no such form.
+            LayoutError: the config is not of this family's form, or of a model that the dialect has no names for.
+            UsageError: the family has no such form, or the dialect does not know the family.
         """
         check_counts(config)
         shape = _bounded(self.shape(config))
         if names is not None:
-            shape = self._with_layers_of(shape, names)
-        tied = dict(self.tied) if "tied" in shape.flags else {}
+            layers = {**self.optional_layers, **(dialect.optional_layers if dialect else {})}
+            shape = self._with_layers_of(shape, names, layers)
         reads_form = form is None and names is not None
         chosen = self._form_of(config, names or ()) if reads_form else self._form(form or "")
-        extra: dict[str, Any] = {"tied": tied, "dropped": self.dropped}
+        own = (chosen and chosen.rules) or self.rules
+        if dialect is None:
+            return self._layout(config, shape, chosen, own, reads_form, names)
+        rules = dialect.rules_of(self.name, own)
+        if rules is None:
+            raise UsageError(f"{dialect.title} has no names for {self.title}", hint=f"see `ckpt families {self.name}`")
+        spoken = self._layout(config, shape, chosen, rules, reads_form, names)
+        lacking = self._layout(config, shape, chosen, dialect.unsaid(own, rules), reads_form, names)
+        return _spoken(spoken, lacking.leaves, dialect)
+
+    def _layout(
+        self,
+        config: Mapping[str, Any],
+        shape: Shape,
+        chosen: Form | None,
+        rules: tuple[Rule, ...],
+        reads_form: bool,
+        names: Collection[str] | None,
+    ) -> Layout:
+        """The layout of `rules`, the family's or a dialect's, for the form chosen."""
+        tied = dict(self.tied) if "tied" in shape.flags else {}
+        dropped = dict.fromkeys(self.dropped, BUFFER)
+        extra: dict[str, Any] = {"tied": tied, "native_tied": tied, "dropped": dropped}
         if chosen is None:
-            return resolve(self.name, self.rules, shape, None, **extra)
+            return resolve(self.name, rules, shape, None, **extra)
         extra |= {"form": chosen.name, "leaf_form": chosen.name if chosen.rules else ""}
-        encoding, rules = chosen.encoding_for(config), chosen.rules or self.rules
+        encoding = chosen.encoding_for(config)
 
         def encoding_of(template: str, name: str) -> Encoding | None:
             if reads_form:
@@ -195,13 +224,13 @@ class Family:
             found[form.plain_modules] = [name.removesuffix(".weight") for name in plain]
         return found
 
-    def _with_layers_of(self, shape: Shape, names: Collection[str]) -> Shape:
-        """`shape` without its optional layers if none of `names` is in one."""
+    def _with_layers_of(self, shape: Shape, names: Collection[str], optional: Mapping[str, str]) -> Shape:
+        """`shape` without its optional layers if none of `names` is in one, given the templates of such names."""
         there = tuple(kind for kind in shape.layers if not set(kind.split("+")) & self.optional_layers.keys())
         prefixes = tuple(
             fill(template, layer=index, predict=index - len(there))
             for index, kind in enumerate(shape.layers)
-            for word, template in self.optional_layers.items()
+            for word, template in optional.items()
             if word in kind.split("+")
         )
         if not prefixes or any(name.startswith(prefixes) for name in names):
@@ -239,6 +268,26 @@ def _bounded(shape: Shape) -> Shape:
     if len(shape.layers) * max(1, shape.experts) > MAX_TENSORS:
         raise LayoutError(f"config.json: {len(shape.layers):,} layers of {shape.experts:,} experts are no model")
     return shape
+
+
+def _spoken(spoken: Layout, lacking: Mapping[str, LeafTensor], dialect: Dialect) -> Layout:
+    """The layout of a dialect's tensors, with the leaves that they lack."""
+    lent = {name: dialect.lender(name) for name in lacking}
+    unknown = [name for name, lender in lent.items() if lender is None]
+    if unknown:
+        raise LayoutError(
+            f"{dialect.title} has no names for {len(unknown):,} tensors of such a {spoken.family} model:\n"
+            + listed(unknown),
+            hint="config.json belongs to another model, or names are given by another --dialect",
+        )
+    return replace(
+        spoken,
+        dialect=dialect.name,
+        leaves={**spoken.leaves, **lacking},
+        lent={name: spoken.tied.get(lender, lender) for name, lender in lent.items() if lender},
+        native_tied=dict(dialect.tied or spoken.tied) if spoken.tied else {},
+        dropped={**spoken.dropped, **dialect.dropped},
+    )
 
 
 def _strategies(config: Mapping[str, Any]) -> set[object]:

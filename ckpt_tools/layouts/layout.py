@@ -19,6 +19,9 @@ from ckpt_tools.layouts.encodings import Encoding
 from ckpt_tools.layouts.rules import Leaf, Rule, Scope
 
 Side = Literal["hf", "native"]
+"""The two sides of a layout: the published tensors, and those that a trainer holds, made of them by the rules."""
+
+BUFFER = "a buffer that holds no weights"
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,11 @@ class Layout:
         family: name of the family, `identity` where names are the same on both sides.
         native: tensors of the native side by name.
         leaves: tensors of the Hugging Face side by name.
+        dialect: whose names and arrangement the native side has: `native` is ours.
         tied: name on disk that may be absent because it shares the weights of another name.
-        dropped: templates of names that old repositories carry and that hold no weights.
+        native_tied: the same in names of the native side; ours are those on disk.
+        lent: leaves that no native tensor holds, with the leaf whose values they have.
+        dropped: templates of names that have no place on the other side, with the reason.
         stacked: native names that are stacked over experts along dimension 0.
         form: name of the Hugging Face side's form, such as `fp8`; empty for the one in plain floating point.
         leaf_form: name of the form whose rules name the leaves: `form` where it has rules of its own, else empty.
@@ -93,8 +99,11 @@ class Layout:
     family: str
     native: Mapping[str, NativeTensor]
     leaves: Mapping[str, LeafTensor]
+    dialect: str = "native"
     tied: Mapping[str, str] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
+    native_tied: Mapping[str, str] = field(default_factory=dict)
+    lent: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
     stacked: frozenset[str] = frozenset()
     form: str = ""
     leaf_form: str = ""
@@ -139,7 +148,11 @@ class Layout:
         native = {name: NativeTensor(name, algebra.leaf(name, leaf.shape)) for name, leaf in self.leaves.items()}
         return replace(self, native=native, stacked=frozenset())
 
-    def check_names(self, found: Iterable[str], side: Side, where: str) -> None:
+    def spelling(self, side: Side) -> str:
+        """Whose names a checkpoint of a side has: `hf`, `native`, or the name of another dialect."""
+        return side if side == "hf" else self.dialect
+
+    def check_names(self, found: Iterable[str], side: Side, where: str, hint: str | None = None) -> None:
         """Compares names with the expected ones of a side (`hf` or `native`).
 
         Raises:
@@ -151,14 +164,16 @@ class Layout:
         unexpected = sorted(names - expected.keys())
         if not missing and not unexpected:
             return
-        lines = [f"{where} does not hold the tensors of a {self.family} model:"]
+        spelled = f" under {self.dialect} names" if self.spelling(side) not in ("hf", "native") else ""
+        lines = [f"{where} does not hold the tensors of a {self.family} model{spelled}:"]
         if missing:
             lines.append(f"{len(missing):,} missing\n{listed(missing)}")
         if unexpected:
             close = ((name, nearest(name, missing or expected)) for name in unexpected[:10])
             shown = [f"{name}  (nearest expected name: {near})" if near else name for name, near in close]
             lines.append(f"{len(unexpected):,} unexpected\n{listed(shown + unexpected[10:])}")
-        raise LayoutError("\n".join(lines), hint="`ckpt inspect` shows what is there, `ckpt explain` what is expected")
+        usual = "`ckpt inspect` shows what is there, `ckpt explain` what is expected"
+        raise LayoutError("\n".join(lines), hint=hint or usual)
 
 
 EncodingOf = Callable[[str, str], "Encoding | None"]

@@ -271,6 +271,29 @@ class Deinterleave(_Unary):
         return f"even, then odd indices of dim {self.dim} of ({self.of.describe()})"
 
 
+@dataclass(frozen=True)
+class PairedRope(_Unary):
+    """Rows of each head with its two halves alternating, as Meta's rotary embedding pairs them.
+
+    Hugging Face pairs row `i` of a head with row `i + head_dim / 2`, so its conversion of Llama permutes the query and
+    key projections (`permute` in transformers' `convert_llama_weights_to_hf.py`); this is the order before.
+    """
+
+    heads: str
+
+    def view(self, scope: Scope) -> View:
+        half, odd = divmod(scope.size("head_dim"), 2)
+        if odd:
+            raise LayoutError(f"heads of {scope.size('head_dim')} rows have no halves to rotate")
+        by_head = algebra.unflatten(self.of.view(scope), 0, (scope.size(self.heads), 2 * half))
+        halves = algebra.unflatten(by_head, 1, (2, half))
+        paired = algebra.permute(halves, [0, 2, 1, *range(3, len(halves.shape))])
+        return algebra.flatten(algebra.flatten(paired, 0), 0)
+
+    def describe(self) -> str:
+        return f"the halves of each head interleaved along dim 0 of {self.of.describe()}"
+
+
 def interleave(gate: Node, up: Node, dim: int = 0) -> Node:
     """Gate and up alternating along `dim`: index 0 is gate's first, index 1 up's first."""
     return Flatten(Join(gate, up, dim=dim + 1), dim)

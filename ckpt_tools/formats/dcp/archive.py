@@ -31,19 +31,22 @@ Fail = Callable[[str], NoReturn]
 
 
 class Entry(NamedTuple):
-    """A directory entry: `header` is the position of the local header, `limit` that of what follows the entry."""
+    """A directory entry: `header` is the position of the local header, `limit` that of what follows the entry, and
+    `crc` the CRC-32 of its bytes, or 0 where none was computed."""
 
     name: bytes
     header: int
     size: int
     limit: int
+    crc: int
 
 
 class Stored(NamedTuple):
-    """The bytes of an entry."""
+    """The bytes of an entry, and their CRC-32 or 0."""
 
     position: int
     size: int
+    crc: int
 
 
 def read_directory(read: Read, length: int, fail: Fail) -> dict[str, Entry]:
@@ -109,7 +112,7 @@ def _read_central(directory: bytes, position: int, limit: int, fail: Fail) -> tu
     _, slash, name = raw.partition(b"/")
     if not slash:
         fail(f"{raw!r} is not inside the archive's folder")
-    return name.decode("utf-8", "backslashreplace"), Entry(raw, header, size, limit), end
+    return name.decode("utf-8", "backslashreplace"), Entry(raw, header, size, limit, fields[7]), end
 
 
 def _read_extra64(extra: bytes, values: tuple[int, int, int], fail: Fail) -> tuple[int, int, int]:
@@ -140,7 +143,7 @@ def find_data(entry: Entry, read: Read, fail: Fail) -> Stored:
     described = rest in _DESCRIPTORS and read(position + entry.size, 4) == b"PK\x07\x08"
     if (rest and not described) or read(entry.header + _LOCAL.size, name_length) != entry.name:
         fail(f"{entry.name!r} is out of bounds or has another name in its header")
-    return Stored(position, entry.size)
+    return Stored(position, entry.size, entry.crc)
 
 
 def small_entry(name: str, data: bytes) -> tuple[bytes, bytes]:

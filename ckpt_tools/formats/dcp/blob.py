@@ -80,12 +80,14 @@ class SavedTensor(NamedTuple):
 
 
 class LocatedTensor(NamedTuple):
-    """A tensor in a file: absolute position of its first element, and strides (None when row-major)."""
+    """A tensor in a file: absolute position of its first element, strides (None when row-major), and the place of the
+    storage that it is a view of, with its CRC-32 or 0."""
 
     dtype: DType
     sizes: tuple[int, ...]
     position: int
     strides: tuple[int, ...] | None
+    storage: archive.Stored
 
 
 def locate(fd: int, start: int, length: int, path: Path) -> LocatedTensor:
@@ -130,8 +132,9 @@ def locate(fd: int, start: int, length: int, path: Path) -> LocatedTensor:
     storage = _stored(entries, f"data/{saved.storage}", read, fail)
     if saved.extent * saved.dtype.itemsize > storage.size:
         fail(f"{list(saved.sizes)} elements of {saved.dtype} do not fit in the {storage.size:,} bytes stored")
-    position = start + storage.position + saved.offset * saved.dtype.itemsize
-    return LocatedTensor(saved.dtype, saved.sizes, position, _unless_row_major(saved.sizes, saved.strides))
+    storage = storage._replace(position=start + storage.position)
+    position = storage.position + saved.offset * saved.dtype.itemsize
+    return LocatedTensor(saved.dtype, saved.sizes, position, _unless_row_major(saved.sizes, saved.strides), storage)
 
 
 def _stored(

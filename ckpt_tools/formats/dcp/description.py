@@ -61,11 +61,13 @@ class Description:
         tensors: by name.
         blobs: names of entries that are pickled objects; they are never opened.
         locations: by name and offsets of the chunk.
+        roots: key of the saved state dict that an entry was nested under, by name, for those that were.
     """
 
     tensors: dict[str, DescribedTensor]
     blobs: tuple[str, ...]
     locations: dict[tuple[str, tuple[int, ...]], Location]
+    roots: dict[str, str]
 
 
 def parse(data: bytes, source: str) -> Description:
@@ -90,7 +92,17 @@ def parse(data: bytes, source: str) -> Description:
             if len(name) > MAX_NAME_LENGTH or not name.isprintable():
                 reader.fail(f"{name[:80]!r} is not a usable tensor name")
             tensors[name] = reader.tensor(name, entry)
-    return Description(tensors, tuple(blobs), reader.locations(document.get("storage_data")))
+    roots = _roots(document.get("planner_data"))
+    return Description(tensors, tuple(blobs), reader.locations(document.get("storage_data")), roots)
+
+
+def _roots(paths: object) -> dict[str, str]:
+    """What torch's planner notes of flattened names: the path of each in the nested state dict."""
+    found: dict[str, str] = {}
+    for name, path in paths.items() if isinstance(paths, dict) else ():
+        if isinstance(name, str) and isinstance(path, tuple) and len(path) > 1 and isinstance(path[0], str):
+            found[name] = path[0]
+    return found
 
 
 class _Reader:

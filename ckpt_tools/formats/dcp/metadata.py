@@ -7,6 +7,7 @@ and that each chunk's archive holds what the description says. Optimizer state a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Final
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, listed
 from ckpt_tools.core.paths import open_input, safe_join
-from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, row_major
+from ckpt_tools.core.tensors import Checksum, Chunk, Store, StoredTensor, row_major
 from ckpt_tools.formats.dcp.blob import LocatedTensor, locate
 from ckpt_tools.formats.dcp.description import DescribedTensor, Description, Location, parse
 from ckpt_tools.formats.dcp.pickle_reader import MAX_PICKLE_SIZE
@@ -28,10 +29,17 @@ METADATA_FILE: Final = ".metadata"
 BLOB_REASON: Final = "a pickled object; never opened"
 OPTIMIZER_REASON: Final = "optimizer state"
 RUN_REASON: Final = "state of the training run"
-_OPTIMIZER_ROOTS: Final = frozenset({"optimizer", "optimizers", "optim", "optimizer_state", "optimizer_states"})
+EXTRA_REASON: Final = "state of a kernel library"
+_OPTIMIZER_ROOT: Final = re.compile(r"(?:optimizer|optim)s?(?:_states?|_\d+)?")
 _OPTIMIZER_LEAVES: Final = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta", "grad_avg"}
 )
+_RUN_ROOTS: Final = frozenset(
+    {"train_state", "lr_scheduler", "lr_schedulers", "scheduler", "schedulers", "dataloader", "rng", "rng_state"}
+    | {"extra_state", "seed", "step", "steps_run", "global_step", "epoch", "epochs_run", "total_epochs"}
+    | {"max_steps_per_epoch"}
+)
+"""Keys under which trainers keep tensors of the run."""
 
 
 def open_dcp(root: Path) -> Store:
@@ -47,24 +55,34 @@ def open_dcp(root: Path) -> Store:
     skipped = dict.fromkeys(description.blobs, BLOB_REASON)
     model: dict[str, DescribedTensor] = {}
     for name, tensor in description.tensors.items():
-        if _is_optimizer_state(name):
-            skipped[name] = OPTIMIZER_REASON
-        elif name.startswith("train_state."):
-            skipped[name] = RUN_REASON
-        else:
+        reason = _reason_to_skip(name)
+        if reason is None:
             model[name] = tensor
+        else:
+            skipped[name] = reason
     pieces = [piece for name, tensor in model.items() for piece in _pieces(root, name, tensor, description)]
     files = _check_files(root, pieces)
     chunks: dict[str, list[Chunk]] = {name: [] for name in model}
+    checksums = []
     for piece, found in _locate_all(root, pieces):
         chunks[piece.name] += _chunks(piece, found)
+        if found.storage.crc:
+            checksums.append(Checksum(piece.name, piece.location.file, *found.storage))
     tensors = {name: StoredTensor(name, t.dtype, t.shape, tuple(chunks[name])) for name, t in model.items()}
-    return Store(root, "dcp", tensors, files, skipped)
+    roots = {description.roots.get(name, "") for name in model}
+    nested = roots.pop() if len(roots) == 1 else ""
+    return Store(root, "dcp", tensors, files, skipped, nested=nested, checksums=tuple(checksums))
 
 
-def _is_optimizer_state(name: str) -> bool:
+def _reason_to_skip(name: str) -> str | None:
+    """Why an entry is no weight of the model, by its name; None where it is one."""
     parts = name.split(".")
-    return parts[0] in _OPTIMIZER_ROOTS or parts[-1] in _OPTIMIZER_LEAVES
+    # A trainer that is saved as one object has its optimizer one part further in.
+    if any(map(_OPTIMIZER_ROOT.fullmatch, parts[:2])) or parts[-1] in _OPTIMIZER_LEAVES:
+        return OPTIMIZER_REASON
+    if parts[0] in _RUN_ROOTS:
+        return RUN_REASON
+    return EXTRA_REASON if parts[-1] == "_extra_state" else None
 
 
 @dataclass(frozen=True, slots=True)

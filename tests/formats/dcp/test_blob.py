@@ -191,7 +191,7 @@ def test_beyond_4_gib_the_sizes_move_to_zip64_fields(tmp_path: Path, gibibytes: 
     assert loaded.shape == sizes
     assert loaded[-1, -1] == 7
     fd = os.open(path, os.O_RDONLY)
-    assert locate(fd, 0, around.end, path) == (DTYPES["U8"], sizes, around.data_position, None)
+    assert locate(fd, 0, around.end, path)[:4] == (DTYPES["U8"], sizes, around.data_position, None)
     os.close(fd)
 
 

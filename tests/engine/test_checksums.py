@@ -1,0 +1,69 @@
+"""torch's CRC-32 of each piece of a DCP checkpoint is compared where no digests of ours guard the values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ckpt_tools import consolidate, convert, verify
+from ckpt_tools.core.errors import MismatchError
+from ckpt_tools.formats.dcp import open_dcp
+from tests.checkpoints import make_repository, tensor_bytes
+from tests.dialects.writers import tensors_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def saved_by_torch(tmp_path: Path) -> tuple[Path, Path]:
+    source = make_repository(tmp_path / "source", "qwen3")
+    dcp.save({"model": tensors_of(source)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    return source, tmp_path / "saved"
+
+
+def flip(root: Path, tensor: str) -> None:
+    """Flips one bit in the middle of a tensor."""
+    chunk = open_dcp(root).tensors[tensor].chunks[0]
+    with open(root / chunk.file, "r+b") as file:
+        file.seek(chunk.position + chunk.numel)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_every_piece_has_its_checksum(tmp_path: Path) -> None:
+    source, saved = saved_by_torch(tmp_path)
+    store = open_dcp(saved)
+    assert {checksum.tensor for checksum in store.checksums} == store.tensors.keys()
+    report = verify(saved, like=source)
+    assert f"checksums: {len(store.tensors)} pieces have the CRC-32 that torch saved with them" in report.checks
+
+
+def test_a_flipped_bit_is_found_and_named_and_nothing_is_written(tmp_path: Path) -> None:
+    source, saved = saved_by_torch(tmp_path)
+    flip(saved, "model.model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(MismatchError, match=r"layers\.1\.mlp\.down_proj\.weight, in __0_0\.distcp at byte"):
+        verify(saved, like=source)
+    with pytest.raises(MismatchError, match=r"1 pieces do not have the CRC-32"):
+        consolidate(saved, tmp_path / "out", like=source)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.ckpt-staging").exists()
+
+
+def test_where_torch_was_told_to_compute_none_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        source, saved = saved_by_torch(tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not open_dcp(saved).checksums
+    assert any(check.startswith("digests: none recorded") for check in verify(saved, like=source).checks)
+    consolidate(saved, tmp_path / "out", like=source)
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(source)
+
+
+def test_our_own_checkpoints_have_digests_instead(tmp_path: Path) -> None:
+    convert(make_repository(tmp_path / "source"), tmp_path / "native")
+    assert not open_dcp(tmp_path / "native").checksums
