@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ckpt_tools.core.errors import FormatError, NotFoundError
+from ckpt_tools.core.errors import FormatError, NotFoundError, StorageError
 
 
 def safe_join(root: Path, name: str, *, named_by: str) -> Path:
@@ -48,6 +48,7 @@ def open_input(path: Path) -> int:
     Raises:
         NotFoundError: no such file.
         FormatError: not a regular file.
+        StorageError: the operating system does not let it be opened.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -55,6 +56,8 @@ def open_input(path: Path) -> int:
         raise NotFoundError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise FormatError(f"{path} is a directory, not a file") from None
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise FormatError(f"{path} is not a regular file")

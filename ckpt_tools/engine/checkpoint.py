@@ -13,6 +13,7 @@ from ckpt_tools.core.names import match
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
+from ckpt_tools.engine.files import Identity, identities
 from ckpt_tools.engine.manifest import Manifest, read_manifest
 from ckpt_tools.families import family_of, get_family
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
@@ -37,6 +38,7 @@ class Checkpoint:
         duplicates: tied names that the files hold although the config shares them, with the name they share.
         dropped: names left out because they hold no weights, with the reason.
         shared: leaves that have no tensor of their own, with the leaf whose values they have.
+        inputs: what the files beside each other in `root` and in its `hf` were before the first of them was read.
     """
 
     root: Path
@@ -50,6 +52,7 @@ class Checkpoint:
     duplicates: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Identity] = field(default_factory=dict)
 
     @property
     def digests(self) -> Mapping[str, str] | None:
@@ -118,12 +121,17 @@ def open_checkpoint(path: Path, *, family: str | None = None, form: str | None =
     path = Path(path)
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
+    inputs = identities(path)
+    if (path / "hf").is_dir():
+        inputs |= {f"hf/{name}": identity for name, identity in identities(path / "hf").items()}
     store, side_root, config, side_files = _open_files(path)
     manifest = read_manifest(path)
     if form is None:
         form = manifest.form if manifest else ""
     layout, side, duplicates, dropped = _recognise(store, config, family, form, path)
-    checkpoint = Checkpoint(path, store, layout, side, config, side_root, side_files, manifest, duplicates, dropped)
+    checkpoint = Checkpoint(
+        path, store, layout, side, config, side_root, side_files, manifest, duplicates, dropped, inputs=inputs
+    )
     _check_shapes(checkpoint)
     return checkpoint
 
