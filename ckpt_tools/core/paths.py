@@ -40,6 +40,29 @@ def safe_join(root: Path, name: str, *, named_by: str) -> Path:
     return root.joinpath(*parts)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name, a link to nothing included.
+
+    Raises:
+        StorageError: the operating system does not tell, which `os.path.exists` takes for a no.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}: {error.strerror}") from error
+    return True
+
+
+def close_input(fd: int, path: Path) -> None:
+    """Closes what `open_input` gave; raises `StorageError` when the operating system fails that."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise StorageError(f"cannot close {path}: {error.strerror}") from error
+
+
 def open_input(path: Path) -> int:
     """A read-only descriptor of a regular file.
 

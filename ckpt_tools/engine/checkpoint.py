@@ -13,7 +13,7 @@ from ckpt_tools.core.names import match
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
-from ckpt_tools.engine.files import Identity, identities
+from ckpt_tools.engine.files import Identity, identities, storage_errors
 from ckpt_tools.engine.manifest import Manifest, read_manifest
 from ckpt_tools.families import family_of, get_family
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
@@ -117,8 +117,13 @@ def open_checkpoint(path: Path, *, family: str | None = None, form: str | None =
         NotFoundError: there is nothing there.
         FormatError: a file is malformed.
         LayoutError: names or shapes are not those of the family.
+        StorageError: the operating system failed a read.
     """
-    path = Path(path)
+    with storage_errors("read", Path(path)):
+        return _open(Path(path), family, form)
+
+
+def _open(path: Path, family: str | None, form: str | None) -> Checkpoint:
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
     inputs = identities(path)

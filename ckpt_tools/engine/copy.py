@@ -93,9 +93,10 @@ def thread_bytes(plan: Plan) -> int:
 def check_disk(destination: Path, needed: int) -> None:
     """Raises `ResourceError` when the file system of `destination` has less than `needed` bytes free."""
     folder = destination.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    with storage_errors("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
             f"{destination} needs {needed / 1e9:,.2f} GB and {folder} has {free / 1e9:,.2f} GB free",
@@ -237,4 +238,5 @@ def fingerprint(plan: Plan, destination: Path) -> str:
 
 
 def _bytes_used(folder: Path) -> int:
-    return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+    with storage_errors("look at", folder):
+        return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())

@@ -41,13 +41,18 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 @contextmanager
 def storage_errors(action: str, path: Path) -> Iterator[None]:
-    """Turns an `OSError` inside into a `StorageError` that names the action and the file."""
+    """Turns an `OSError` inside into a `StorageError` that names the action and the file.
+
+    The file is `path`, or the one below it that the error speaks of.
+    """
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = _LOST if action == "sync" else _HINTS.get(error.errno or 0)
-        raise StorageError(f"cannot {action} {path}: {reason}", hint=hint) from error
+        named = str(error.filename)
+        where = named if named.startswith(f"{path}{os.sep}") else path
+        raise StorageError(f"cannot {action} {where}: {reason}", hint=hint) from error
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.paths import is_there
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.files import check_identity, identity_of, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST
@@ -30,7 +30,7 @@ def check_apart(source: Checkpoint, side_files: Mapping[str, Path | bytes], plac
 
     Links are followed: a Hub cache's snapshot is made of links to files that lie elsewhere.
     """
-    existing = [place.resolve() for place in places if os.path.lexists(place)]
+    existing = [place.resolve() for place in places if is_there(place)]
     if not existing:
         return
     read = [source.root / file for file in source.store.files]

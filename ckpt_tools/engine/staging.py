@@ -22,6 +22,7 @@ from stat import S_ISREG
 import xxhash
 
 from ckpt_tools.core.errors import LockedError, OutputExistsError, StorageError, UsageError
+from ckpt_tools.core.paths import is_there
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.execute import Outcome
 from ckpt_tools.engine.files import (
@@ -67,7 +68,7 @@ class Staging:
         self._lock_fd = -1
         self._finished: tuple[bytes, dict[int, Outcome]] | None = None
         # What an interrupted run left is looked at, and cleaned up, under the lock.
-        if not (os.path.lexists(self._lock_path) or os.path.lexists(self.final / JOURNAL)):
+        if not (is_there(self._lock_path) or is_there(self.final / JOURNAL)):
             self._check_final()
         with storage_errors("create", self.final.parent):
             make_directories(self.final.parent)
@@ -102,11 +103,8 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         fd, self._lock_fd = self._lock_fd, -1
         if fd >= 0:
-            try:
-                with storage_errors("remove", self._lock_path):
-                    self._lock_path.unlink(missing_ok=True)
-            finally:
-                os.close(fd)
+            with closing(fd, self._lock_path), storage_errors("remove", self._lock_path):
+                self._lock_path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
         while True:
@@ -125,16 +123,18 @@ class Staging:
                 raise
             finally:
                 if self._lock_fd != fd:
-                    os.close(fd)
+                    with storage_errors("close", self._lock_path):
+                        os.close(fd)
 
     def _recover(self) -> None:
         """Completes the commit in which an earlier run was interrupted."""
-        if os.path.lexists(self._aside) and not os.path.lexists(self.final):
+        if is_there(self._aside) and not is_there(self.final):
             with storage_errors("restore", self.final):
                 os.rename(self._aside, self.final)
                 sync_directory(self.final.parent)
-        if self.final.is_symlink() or not self.final.is_dir():
-            return
+        with storage_errors("look at", self.final):
+            if self.final.is_symlink() or not self.final.is_dir():
+                return
         self._finished = read_journal(self.final / JOURNAL)
         if self._finished is not None:
             self._clean_up()
@@ -230,10 +230,9 @@ class Staging:
 
     def commit(self) -> None:
         """Makes the output appear under its final name, whole and on the disk."""
-        with self.syncing():
-            for folder in (*(p for p in self.path.rglob("*") if p.is_dir()), self.path):
-                with storage_errors("sync", folder):
-                    sync_directory(folder)
+        with self.syncing(), storage_errors("sync", self.path):
+            for folder, _, _ in os.walk(self.path, onerror=_raise):
+                sync_directory(Path(folder))
         with storage_errors("commit", self.final):
             if self.final.exists():
                 self._exchange()
@@ -246,10 +245,10 @@ class Staging:
         """Swaps two directories in one step; where the system cannot, the old one is moved aside first."""
         if _exchange_in_kernel(self.path, self.final):
             return
-        if os.path.lexists(self._aside):
+        if is_there(self._aside):
             raise StorageError(f"{self._aside} is in the way", hint="it is an older output of the same name; remove it")
         # Without a journal a run that is killed here could not tell the old output from a stranger's directory.
-        if not os.path.lexists(self.path / JOURNAL):
+        if not is_there(self.path / JOURNAL):
             write_file(self.path / JOURNAL, b"\n")
             sync_directory(self.path)
         os.rename(self.final, self._aside)
@@ -262,15 +261,19 @@ class Staging:
     def _clean_up(self) -> None:
         """Removes what the output, which is in place, has replaced, and its journal last."""
         for old in (self.path, self._aside):
-            if os.path.lexists(old):
+            if is_there(old):
                 with storage_errors("remove the replaced output", old):
                     shutil.rmtree(old)
                     # On the disk before the journal goes: nobody would look for it afterwards.
                     sync_directory(old.parent)
         with storage_errors("remove", self.final / JOURNAL):
-            if os.path.lexists(self.final / JOURNAL):
+            if is_there(self.final / JOURNAL):
                 os.unlink(self.final / JOURNAL)
                 sync_directory(self.final)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _same_file(path: Path, fd: int) -> bool:

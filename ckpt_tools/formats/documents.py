@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ckpt_tools.core.errors import FormatError, StorageError
-from ckpt_tools.core.paths import open_input
+from ckpt_tools.core.paths import close_input, open_input
 
 MAX_DOCUMENT_SIZE = 128 << 20
 
@@ -27,7 +27,7 @@ def read_whole(path: Path, limit: int) -> bytes:
             raise FormatError(f"{path} is {size:,} bytes long; the limit for this kind of file is {limit:,}")
         return pread_exact(fd, size, 0, path)
     finally:
-        os.close(fd)
+        close_input(fd, path)
 
 
 def pread_exact(fd: int, length: int, position: int, path: Path) -> bytes:

@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn
 from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.names import nearest
-from ckpt_tools.core.paths import open_input
+from ckpt_tools.core.paths import close_input, open_input
 from ckpt_tools.formats.documents import pread_exact
 
 ALIGNMENT = 4096
@@ -87,7 +87,7 @@ def read_header(path: Path) -> SafetensorsHeader:
             raise FormatError(f"{path} is truncated: its header needs {8 + length:,} bytes and the file has {size:,}")
         raw = pread_exact(fd, length, 8, path)
     finally:
-        os.close(fd)
+        close_input(fd, path)
     return _check(path, _parse(path, raw), 8 + length, size)
 
 

@@ -73,6 +73,7 @@ class Stage:
         scenario: the run.
 
     Attributes:
+        root: that directory.
         out: the output; nothing but it and the source may be left beside it.
         old: the older output, empty for none.
         new: what the run makes.
@@ -82,7 +83,7 @@ class Stage:
     def __init__(self, root: Path, scenario: Scenario) -> None:
         self.scenario = scenario
         self.out = root / "work" / "out"
-        self._root = root
+        self.root = root
         self._source = _source(root / "source", seed=1)
         if scenario.verb == "consolidate":
             convert(self._source, root / "native")

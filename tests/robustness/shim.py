@@ -245,7 +245,9 @@ def failing(code: int) -> Effect:
     def effect(call: Call, real: Real) -> Any:
         if call.name == "close":
             real(*call.arguments)
-        raise OSError(code, os.strerror(code))
+        if call.arguments and isinstance(call.arguments[0], int):
+            raise OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code), os.fspath(call.arguments[0]))
 
     return effect
 
