@@ -28,7 +28,7 @@ SEGMENT = 2048
 """Bytes of a segment in these runs, so that tensors of some kB have several."""
 
 Tree = dict[str, bytes | None]
-"""Content of every file below a directory by relative path, None for a directory."""
+"""Content of every file below a directory by relative path, where a link leads, None for a directory."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,13 @@ def _source(root: Path, *, seed: int, layers: int = 2) -> Path:
 
 def tree(root: Path) -> Tree:
     """Everything below a directory, links not followed."""
-    return {
-        str(path.relative_to(root)): None if path.is_dir() and not path.is_symlink() else path.read_bytes()
-        for path in root.rglob("*")
-    }
+
+    def content(path: Path) -> bytes | None:
+        if path.is_symlink():
+            return os.fsencode(os.readlink(path))
+        return None if path.is_dir() else path.read_bytes()
+
+    return {str(path.relative_to(root)): content(path) for path in root.rglob("*")}
 
 
 def grow(root: Path, content: Tree) -> None:
@@ -204,6 +207,26 @@ def counted_tasks() -> Iterator[Callable[[], int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "run_task", counting)
         yield count
+
+
+@contextlib.contextmanager
+def interruption(*, after: int) -> Iterator[None]:
+    """Ends the run inside with Ctrl-C after some segments."""
+    real, left = execute.run_task, [after]
+
+    def dying(*arguments: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "run_task", dying)
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+    raise AssertionError("the run was over before it was interrupted")
 
 
 def in_child(act: Callable[[], object], *, seconds: float = 60) -> int:

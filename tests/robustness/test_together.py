@@ -1,48 +1,37 @@
-"""Several runs at once, inputs that change, outputs that are read-only, signals: who wins, who is told, what is left."""
+"""Several runs at once and one after another, with other plans and with signals: who wins, and what is left."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ckpt_tools import consolidate, convert, verify
+from ckpt_tools import convert, verify
 from ckpt_tools.core.errors import (
-    InputChangedError,
     LockedError,
-    NotFoundError,
     OutputExistsError,
-    ResourceError,
-    StorageError,
-    UsageError,
 )
-from ckpt_tools.engine import copy, execute
 from ckpt_tools.engine.staging import Staging
-from tests.checkpoints import make_repository, tensor_bytes
+from tests.checkpoints import make_repository
 from tests.robustness.scenarios import (
-    SCENARIOS,
     Scenario,
     Stage,
     counted_tasks,
     ended,
     in_child,
+    interruption,
     staging_of,
     tree,
 )
-from tests.robustness.shim import Killer, Recorder
 
 LOCKED, EXISTS = LockedError.exit_code, OutputExistsError.exit_code
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -94,66 +83,86 @@ def test_two_plans_into_one_output_are_not_mixed(tmp_path: Path) -> None:
     other = make_repository(tmp_path / "other")
     convert(other, tmp_path / "expected")
     first.reset()
-    _interrupted(first, 1)
+    with interruption(after=1):
+        first.run()
     convert(other, first.out)
     assert tree(first.out) == tree(tmp_path / "expected")
     first.reset()
-    _interrupted(first, 1)
-    _interrupted(first, 1, lambda: convert(other, first.out, threads=1))
+    with interruption(after=1):
+        first.run()
+    with interruption(after=1):
+        convert(other, first.out, threads=1)
     with counted_tasks() as count:
         first.run()
     assert count() == first.tasks
     assert first.state() == "new"
 
 
-def _interrupted(stage: Stage, after: int, run: Callable[[], object] | None = None) -> None:
-    """Ends a run with Ctrl-C after some segments."""
-    with pytest.MonkeyPatch.context() as patch:
-        real, left = execute.run_task, [after]
-
-        def dying(*arguments: object) -> object:
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return real(*arguments)  # type: ignore[arg-type]
-
-        patch.setattr(execute, "run_task", dying)
-        with pytest.raises(KeyboardInterrupt):
-            (run or stage.run)()
-
-
-def test_a_config_that_moves_elements_otherwise_starts_anew(tmp_path: Path) -> None:
-    """Same names, shapes and files, another order of the heads: what the first plan copied is of no use."""
-    source = make_repository(tmp_path / "source", num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    _interrupt_conversion(source, tmp_path / "out", after=30)
+def test_a_config_that_was_corrected_after_a_kill_is_not_mixed_with_what_was_copied_before(tmp_path: Path) -> None:
+    """Names, shapes and files stay the same; the order of the heads in the fused projection does not."""
+    source = make_repository(tmp_path / "source", "llama", num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    with interruption(after=20):
+        convert(source, tmp_path / "out", threads=1)
     config = json.loads((source / "config.json").read_bytes())
-    # Four heads of 8 are two of 16, and two key heads of 8 are one of 16; norms of heads would not fit.
-    swapped = {**config, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    shapes = {name: len(data) for name, data in tensor_bytes(source).items() if "_norm" in name and "self_attn" in name}
-    assert shapes, "this family has no norms of heads; take another"
-    twin = make_repository(
-        tmp_path / "twin", **{k: swapped[k] for k in ("num_attention_heads", "num_key_value_heads")}, head_dim=16
-    )
-    assert copy.fingerprint(_plan_of(source), tmp_path / "out") != copy.fingerprint(_plan_of(twin), tmp_path / "out")
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "fresh")
+    convert(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    verify(tmp_path / "out", against=source)
 
 
-def _plan_of(source: Path) -> copy.Plan:
-    from ckpt_tools.engine.checkpoint import open_checkpoint
-    from ckpt_tools.engine.targets import plan_native
+def test_what_an_interrupted_removal_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A file of the staging directory is missing or too short, and its journal speaks of segments in it."""
+    stage = Stage(tmp_path, Scenario("convert"))
+    for damage in (os.unlink, lambda path: os.truncate(path, 5000)):
+        stage.reset()
+        with interruption(after=4):
+            stage.run()
+        damage(next(staging_of(stage.out).glob("*.distcp")))
+        stage.run()
+        assert stage.state() == "new"
 
-    return plan_native(open_checkpoint(source), mesh=None, file_format="dcp", dtype=None, max_file_size=1 << 30)
+
+SLOW = """
+import sys, time
+from ckpt_tools.engine import execute
+run = execute.run_task
+def slow(*arguments):
+    time.sleep(0.05)
+    print("copying", flush=True)
+    return run(*arguments)
+execute.run_task = slow
+import signal
+# A test run in the background of a shell inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ckpt_tools.cli import main
+main()
+"""
 
 
-def _interrupt_conversion(source: Path, out: Path, *, after: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        real, left = execute.run_task, [after]
-
-        def dying(*arguments: object) -> object:
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return real(*arguments)  # type: ignore[arg-type]
-
-        patch.setattr(execute, "run_task", dying)
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, out, threads=1)
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")]
+)
+def test_a_signal_ends_a_run_in_words_and_the_same_command_goes_on(
+    tmp_path: Path, number: int, code: int, said: str
+) -> None:
+    stage = Stage(tmp_path, Scenario("convert"))
+    stage.reset()
+    command = [sys.executable, "-c", SLOW, "convert", str(tmp_path / "source"), str(stage.out), "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    hint = "the same command again goes on where this one stopped"
+    assert (process.returncode, stderr) == (code, f"error: {said}\nhint: {hint}\n")
+    assert stage.state() == "absent"
+    assert stage.beside() == [".out.ckpt-staging"]
+    with counted_tasks() as count:
+        convert(tmp_path / "source", stage.out)
+    # The command had segments of the usual size, one for each of five tensors.
+    assert count() < 5
+    assert stage.beside() == []
