@@ -162,13 +162,12 @@ class Staging:
 
     def restart(self) -> None:
         """Empties the directory: whatever an earlier run left there is not part of this output."""
-        self.forget()
         with storage_errors("empty", self.path):
             shutil.rmtree(self.path)
             self.path.mkdir()
 
     def forget(self) -> None:
-        """Makes the next run start anew. Comes before anything else is removed, which may take long or fail."""
+        """Makes the next run start anew."""
         with storage_errors("remove", self.path / JOURNAL):
             (self.path / JOURNAL).unlink(missing_ok=True)
 
