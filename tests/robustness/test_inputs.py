@@ -108,7 +108,7 @@ def test_a_blob_of_the_hub_cache_that_is_exchanged_is_noticed(tmp_path: Path, mo
     real = execute.run_task
     monkeypatch.setattr(execute, "run_task", lambda *arguments: (_replace(blob), real(*arguments))[1])
     with pytest.raises(InputChangedError, match="changed while it was being read"):
-        convert(snapshot, tmp_path / "again")
+        convert(snapshot, tmp_path / "again", threads=1)
     assert not (tmp_path / "again").exists()
 
 

@@ -91,8 +91,8 @@ def test_random_kills_of_the_command_lose_nothing(tmp_path: Path, full: bool, ol
     generator = random.Random(old)
     while runs.kills < (100 if full else 10):
         _reset(runs, old)
-        # One to three kills in a row, so that a resumed run is killed, too.
-        for _ in range(generator.randint(1, 3)):
+        # Two to four kills in a row, so that a resumed run is killed, too.
+        for _ in range(generator.randint(2, 4)):
             if not runs.kill_after(generator.uniform(0, lasts / 3)):
                 break
             found = tree(runs.out) if runs.out.exists() else {}
