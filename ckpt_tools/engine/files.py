@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -230,8 +231,10 @@ def identities(folder: Path) -> dict[str, Identity]:
     found = {}
     with storage_errors("list", folder), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_file():
-                found[entry.name] = _identity(entry.stat())
+            # A stranger's temporary file may go at any time.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    found[entry.name] = _identity(entry.stat())
     return found
 
 

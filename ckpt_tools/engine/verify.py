@@ -90,7 +90,7 @@ def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progr
     copies = _reads(checkpoint)
     found: dict[tuple[str, int], bytes] = {}
 
-    with FileReader(checkpoint.root) as reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
 
         def act(task: Task) -> None:
             digest, end = Digest(), task.copy.source
@@ -126,7 +126,7 @@ def compare(
     copies, theirs = _pairs(checkpoint, other)
     different: dict[str, list[tuple[int, int]]] = {}
     lock = threading.Lock()
-    with FileReader(checkpoint.root) as reader, FileReader(other.root) as other_reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader, FileReader(other.root, other.inputs) as other_reader:
 
         def act(task: Task) -> None:
             found = _difference(task, theirs[task.copy.name], reader, other_reader, progress)
@@ -221,7 +221,7 @@ def _verify_blobs(checkpoint: Checkpoint, threads: int | None, progress: Progres
         (file, position, length, digest) for file, entries in blobs.items() for position, length, digest in entries
     )
     wrong: list[str] = []
-    with FileReader(checkpoint.root) as reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
 
         def act(blob: tuple[str, int, int, str]) -> None:
             file, position, length, recorded = blob
@@ -268,7 +268,7 @@ def check_duplicates(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.duplicates.items():
         twin = checkpoint.store.tensors[checkpoint.layout.tied[name]]
         pair = [LeafCopy(t.name, addressable(t.dtype, t.numel)[1], plain(t, leaf_extents(t))) for t in (tensor, twin)]
-        with FileReader(checkpoint.root) as reader:
+        with FileReader(checkpoint.root, checkpoint.inputs) as reader:
             differ = any(_difference(task, pair[1], reader, reader) is not None for task in tasks_of(pair[:1]))
         if differ:
             raise MismatchError(
