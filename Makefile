@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST_ARGS ?= -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test fuzz demo demo-real readers lint bench clean
+.PHONY: help setup test fuzz robustness demo demo-real readers lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: $(READY) ## convert, train on 2 processes, consolidate, verify and generat
 demo-real: $(READY) ## the same with trained weights (SmolLM2-135M as a Mixtral), read by transformers and vLLM
 	$(INSTALL) gguf accelerate
 	$(BIN)/python -m examples.demo_real
+
+robustness: $(READY) ## every kill point, fault and power cut, 200 random kills (the tests play a part of them)
+	$(PYTEST) tests/robustness --full $(PYTEST_ARGS) --timeout 1800
 
 readers: $(READY) ## every family in transformers 4 and 5, vLLM and SGLang; rewrites the README's support table
 	$(PYTEST) tests/readers --readers all --readers-json docs/readers.json

@@ -17,6 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--readers", type=_names, metavar="NAMES", help="readers to ask, comma-separated; or: all")
     group.addoption("--reader-cases", type=_names, metavar="NAMES", help="checkpoints to show them (default: all)")
     group.addoption("--readers-json", type=Path, metavar="PATH", help="write the matrix there")
+    group = parser.getgroup("robustness", "kills, faults and races")
+    group.addoption("--full", action="store_true", help="every kill point and fault, not a part of them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,10 @@ from ckpt_tools.cli.failures import (
     BROKEN_PIPE,
     INTERNAL_ERROR,
     Interrupted,
+    Terminated,
+    TerminationSignal,
     failure,
+    sigterm_interrupts,
     traceback_of,
     unknown_verb,
 )
@@ -28,7 +32,7 @@ from ckpt_tools.version import __version__
 
 _GOES_ON = "the same command again goes on where this one stopped"
 RESUMING = {"convert": _GOES_ON, "consolidate": _GOES_ON, "train": "the same command again resumes at the last save"}
-"""What to do after Ctrl-C, for the verbs that keep what they have done."""
+"""What to do after Ctrl-C or SIGTERM, for the verbs that keep what they have done."""
 
 
 class Application(TyperGroup):
@@ -55,11 +59,16 @@ class Application(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
+            # Training's processes, this one or those of torchrun, are ended by SIGTERM as ever.
+            with nullcontext() if ctx.invoked_subcommand == "train" else sigterm_interrupts():
+                result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted", hint=RESUMING.get(ctx.invoked_subcommand)) from None
+        except KeyboardInterrupt as signalled:
+            hint = RESUMING.get(ctx.invoked_subcommand)
+            if isinstance(signalled, TerminationSignal):
+                raise Terminated("ended by SIGTERM", hint=hint) from None
+            raise Interrupted("interrupted", hint=hint) from None
         except BrokenPipeError:
             # What is left in the buffer has no reader; without this the interpreter would complain at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

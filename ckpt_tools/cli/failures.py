@@ -6,8 +6,11 @@ a defect of this tool and shows one.
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ckpt_tools.core import errors
@@ -17,10 +20,12 @@ from ckpt_tools.core.names import nearest
 INTERNAL_ERROR = 70
 BROKEN_PIPE = 141
 INTERRUPTED = 130
+TERMINATED = 143
 EXIT_CODES = {
     **errors.EXIT_CODES,
     INTERNAL_ERROR: "a defect of this tool; the traceback is on stderr",
     BROKEN_PIPE: "the reader of stdout went away",
+    TERMINATED: "ended by SIGTERM; a rerun resumes",
 }
 
 
@@ -28,6 +33,34 @@ class Interrupted(CkptError):
     """The user pressed Ctrl-C."""
 
     exit_code = INTERRUPTED
+
+
+class Terminated(CkptError):
+    """SIGTERM came: a scheduler takes the machine back."""
+
+    exit_code = TERMINATED
+
+
+class TerminationSignal(KeyboardInterrupt):
+    """What SIGTERM raises in the main thread, so that it ends a run in the way that Ctrl-C does."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises `TerminationSignal`; nothing changes outside the main thread, or where it is ignored."""
+
+    def interrupt(*_: object) -> None:
+        raise TerminationSignal
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def failure(error: BaseException) -> CkptError | None:

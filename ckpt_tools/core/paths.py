@@ -64,6 +64,29 @@ def _is_plain(part: str) -> bool:
     )
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name, a link to nothing included.
+
+    Raises:
+        StorageError: the operating system does not tell, which `os.path.exists` takes for a no.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}: {error.strerror}") from error
+    return True
+
+
+def close_input(fd: int, path: Path) -> None:
+    """Closes what `open_input` gave; raises `StorageError` when the operating system fails that."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise StorageError(f"cannot close {path}: {error.strerror}") from error
+
+
 def open_input(path: Path, root: Path | None = None) -> int:
     """A read-only descriptor of a regular file of a checkpoint, which never waits.
 
@@ -91,7 +114,8 @@ def open_input(path: Path, root: Path | None = None) -> int:
         fault = _BAD_PATHS.get(error.errno or 0)
         if fault is not None:
             raise FormatError(f"{path} {fault}") from None
-        raise StorageError(f"cannot open {path}: {error.strerror}", hint="check the permissions") from error
+        hint = "check the permissions" if error.errno in (errno.EACCES, errno.EPERM) else None
+        raise StorageError(f"cannot open {path}: {error.strerror}", hint=hint) from error
     if found is None:
         raise FormatError(f"{path} was exchanged for a link while it was opened")
     if not stat.S_ISREG(os.fstat(found).st_mode):

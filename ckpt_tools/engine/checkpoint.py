@@ -13,6 +13,7 @@ from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
+from ckpt_tools.engine.files import Identity, identities, storage_errors
 from ckpt_tools.engine.manifest import Manifest, read_manifest
 from ckpt_tools.engine.recognise import recognise
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
@@ -41,6 +42,7 @@ class Checkpoint:
         dropped: names left out because they hold no weights, with the reason.
         shared: leaves that have no tensor of their own, with the leaf whose values they have.
         prefix: what the stored names begin with beside the model's own, such as `model.`.
+        inputs: what the files beside each other in `root` and in its `hf` were before the first of them was read.
     """
 
     root: Path
@@ -55,6 +57,7 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
+    inputs: Mapping[str, Identity] = field(default_factory=dict)
 
     @property
     def spelling(self) -> str:
@@ -133,11 +136,20 @@ def open_checkpoint(
         FormatError: a file is malformed.
         LayoutError: names or shapes are not those of the family.
         UsageError: the names are those of several dialects, or not those of the one that is given.
+        StorageError: the operating system failed a read.
     """
-    path = Path(path)
+    with storage_errors("read", Path(path)):
+        return _open(Path(path), family, form, dialect, like)
+
+
+def _open(path: Path, family: str | None, form: str | None, dialect: str | None, like: Path | None) -> Checkpoint:
     if not path.is_dir():
         raise NotFoundError(f"{path} is not a directory", hint="give the directory of a checkpoint")
-    store = _open_files(path)
+    root = _root_of(path)
+    inputs = identities(root)
+    if _own_folder(root, "hf").is_dir():
+        inputs |= {f"hf/{name}": identity for name, identity in identities(root / "hf").items()}
+    store = _open_store(root)
     side_root = _side_root(path, store.root) if like is None else _side_root(like, like)
     config = read_config(side_root)
     if like is not None and not config:
@@ -160,21 +172,30 @@ def open_checkpoint(
         found.dropped,
         found.layout.lent,
         found.prefix,
+        inputs,
     )
     _check_shapes(checkpoint)
     return checkpoint
 
 
-def _open_files(path: Path) -> Store:
-    """The tensors in a directory, or in the folder of it that trainers put a model's into."""
+def _root_of(path: Path) -> Path:
+    """The directory of the tensors: the given one, or the folder in it that trainers put a model's into."""
     for root in (path, *(_own_folder(path, folder) for folder in MODEL_FOLDERS)):
-        if os.path.lexists(root / ".metadata"):
-            return dcp.open_dcp(root)
-        if sharded_safetensors.is_sharded(root):
-            return sharded_safetensors.open_sharded(root)
+        if os.path.lexists(root / ".metadata") or sharded_safetensors.is_sharded(root):
+            return root
         if root is path and any(name.endswith(".safetensors") for name in os.listdir(path)):
             break
-    return hf.open_repository(path).store
+    return path
+
+
+def _open_store(root: Path) -> Store:
+    if os.path.lexists(root / ".metadata"):
+        return dcp.open_dcp(root)
+    return (
+        sharded_safetensors.open_sharded(root)
+        if sharded_safetensors.is_sharded(root)
+        else hf.open_repository(root).store
+    )
 
 
 def _side_root(path: Path, root: Path) -> Path:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_tools.core.errors import MismatchError, ResourceError
+from ckpt_tools.core.errors import InputChangedError, MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checksums import ChecksumPass
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded
-from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
-from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
+from ckpt_tools.engine.execute import (
+    WINDOW,
+    Executed,
+    Progress,
+    collect,
+    default_threads,
+    execute,
+    tasks_of,
+    window_items,
+)
+from ckpt_tools.engine.files import FileReader, FileWriter, identity_of, storage_errors
+from ckpt_tools.engine.inputs import check_apart, check_unchanged
+from ckpt_tools.engine.journal import FileJournal
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
 from ckpt_tools.engine.verify import verify_unhashed
+from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats.hf import SideFile
 from ckpt_tools.layouts.codecs import SCRATCH
+from ckpt_tools.version import TOOL
 
 PER_THREAD = 4 * WINDOW
 """Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided run."""
@@ -81,9 +96,10 @@ def thread_bytes(plan: Plan) -> int:
 def check_disk(destination: Path, needed: int) -> None:
     """Raises `ResourceError` when the file system of `destination` has less than `needed` bytes free."""
     folder = destination.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    with storage_errors("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
             f"{destination} needs {needed / 1e9:,.2f} GB and {folder} has {free / 1e9:,.2f} GB free",
@@ -114,39 +130,75 @@ def run_plan(
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
     threads = options.bounded_threads(thread_bytes(plan))
-    changed = {copy.name for copy in plan.copies if copy.changes_values}
-    verify_unhashed(plan.source, changed, threads=threads, progress=options.progress)
-    with Staging(destination, overwrite=options.overwrite) as staging:
-        journal = staging.resume(fingerprint(plan, destination))
-        done = _bytes_used(staging.path)
-        check_disk(destination, max(0, plan.nbytes_written + SLACK - done))
-        with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
-            write_frames(plan.target, writer)
-            try:
-                # A source without digests of ours may have its writer's checksums.
-                checks = ChecksumPass(reader, () if plan.source.digests else plan.source.store.checksums)
-                executed = execute(
-                    plan.copies,
-                    reader,
-                    writer,
-                    journal=journal,
-                    threads=threads,
-                    progress=options.progress,
-                    expected=plan.source.digests,
-                    beside=checks.tasks(),
-                )
-                manifest.tensors = executed.digests
-                reader.check_unchanged()
-                checks.finish(plan.source.root)
-            except MismatchError:
-                journal.close()
-                staging.discard()
-                raise
-            writer.sync()
-        journal.close()
-        write_side_files(staging, plan.target.documents, side_files, manifest)
+    key = fingerprint(plan, destination)
+    staging = Staging(destination, overwrite=options.overwrite)
+    check_apart(plan.source, side_files, (staging.final, staging.path))
+    with staging:
+        finished = staging.finished(key)
+        if finished is not None and all(task.number in finished for task in tasks_of(plan.copies)):
+            staging.discard()
+            return collect(plan.copies, finished).rounded
+        _check_room(plan, staging, side_files)
+        journal = staging.resume(key, plan.target.store.files)
+        changed = {copy.name for copy in plan.copies if copy.changes_values}
+        try:
+            verify_unhashed(plan.source, changed, threads=threads, progress=options.progress)
+            executed = _copy_tensors(plan, staging, journal, threads, options.progress)
+            manifest.tensors = executed.digests
+            write_side_files(staging, plan.target.documents, side_files, manifest)
+            check_unchanged(plan.source)
+        except (MismatchError, InputChangedError):
+            # What was read is not what should have been: nothing of it is gone on with.
+            staging.discard()
+            raise
+        finally:
+            journal.close()
         staging.commit()
     return executed.rounded
+
+
+def _copy_tensors(
+    plan: Plan, staging: Staging, journal: FileJournal, threads: int, progress: Progress | None
+) -> Executed:
+    """Fills and syncs every file that holds tensors."""
+    with FileReader(plan.source.root, plan.source.inputs) as reader, FileWriter(staging.path) as writer:
+        write_frames(plan.target, writer)
+        # A source without digests of ours may have its writer's checksums.
+        checks = ChecksumPass(reader, () if plan.source.digests else plan.source.store.checksums)
+        executed = execute(
+            plan.copies,
+            reader,
+            writer,
+            journal=journal,
+            threads=threads,
+            progress=progress,
+            expected=plan.source.digests,
+            beside=checks.tasks(),
+        )
+        reader.check_unchanged()
+        checks.finish(plan.source.root)
+        with staging.syncing():
+            writer.sync()
+            journal.sync()
+    return executed
+
+
+def _check_room(plan: Plan, staging: Staging, side_files: Mapping[str, SideFile | bytes]) -> None:
+    """Raises `ResourceError` when the disk has no room for what is not there yet."""
+    beside = sum(map(len, plan.target.documents.values()))
+    for content in side_files.values():
+        if isinstance(content, SideFile):
+            with storage_errors("look at", content.root / content.name):
+                beside += os.stat(content.root / content.name).st_size
+        else:
+            beside += len(content)
+    try:
+        check_disk(staging.final, max(0, plan.nbytes_written + beside + SLACK - _bytes_used(staging.path)))
+    except ResourceError:
+        # An empty directory is of no use to a rerun.
+        with contextlib.suppress(OSError):
+            staging.path.rmdir()
+        raise
 
 
 def write_frames(target: TargetFiles, writer: FileWriter) -> None:
@@ -164,24 +216,36 @@ def write_side_files(
     import xxhash
 
     for name, content in {**documents, **side_files}.items():
-        data = content if isinstance(content, bytes) else content.read()
+        if isinstance(content, SideFile):
+            manifest.side_files[name] = staging.copy_document(name, content)
+            continue
         if name in side_files:
-            manifest.side_files[name] = xxhash.xxh3_128_hexdigest(data)
-        staging.write_document(name, data)
+            manifest.side_files[name] = xxhash.xxh3_128_hexdigest(content)
+        staging.write_document(name, content)
     staging.write_document(MANIFEST, manifest.to_json())
 
 
 def fingerprint(plan: Plan, destination: Path) -> str:
     """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
-    state = hashlib.sha256(repr((str(plan.source.root.resolve()), os.path.abspath(destination), plan.side)).encode())
-    for file in plan.source.store.files:
-        with storage_errors("look at", plan.source.root / file):
-            status = os.stat(plan.source.root / file)
-        state.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+    source = plan.source
+    state = hashlib.sha256(repr((TOOL, SEGMENT, str(source.root.resolve()), os.path.abspath(destination))).encode())
+    # Where a tensor's elements go follows from the layout, and that from the config: a plan that differs only there
+    # has the same files.
+    layout = source.layout
+    state.update(repr((plan.side, source.side, layout.family, layout.form, LAYOUT_VERSION)).encode())
+    state.update(json.dumps(source.config, sort_keys=True).encode())
+    for file in source.store.files:
+        path = source.root / file
+        with storage_errors("look at", path):
+            status = os.stat(path)
+        # The time of the last change of any kind, too: it cannot be set back.
+        identity = source.inputs.get(file) or identity_of(path)
+        state.update(repr((file, identity, status.st_ctime_ns)).encode())
     for tensor in plan.target.store.tensors.values():
         state.update(repr((tensor.name, tensor.dtype.name, tensor.shape, tensor.chunks)).encode())
     return state.hexdigest()
 
 
 def _bytes_used(folder: Path) -> int:
-    return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+    with storage_errors("look at", folder):
+        return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())

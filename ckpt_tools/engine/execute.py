@@ -6,6 +6,7 @@ the caller; nothing is swallowed in a worker.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import os
@@ -16,7 +17,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Protocol, TypeVar
 
-from ckpt_tools.core.errors import MismatchError
+from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.digest import SEGMENT, combine
 from ckpt_tools.engine.ends import Digest
@@ -144,10 +145,17 @@ def execute(
 
     placed: Iterator[PlacedTask] = ((task.copy.source.first(), partial(act, task)) for task in pending)
     run_threads(heapq.merge(beside, placed, key=itemgetter(0)), lambda task: task[1](), threads)
+    return collect(copies, journal.done, expected)
+
+
+def collect(
+    copies: Sequence[LeafCopy], done: Mapping[int, Outcome], expected: Mapping[str, str] | None = None
+) -> Executed:
+    """What became of the leaves, from what became of all their segments; arguments and errors as for `execute`."""
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
     for task in tasks_of(copies):
-        segments.setdefault(task.copy.name, []).append(journal.done[task.number])
+        segments.setdefault(task.copy.name, []).append(done[task.number])
     for copy in copies:
         digest = digests[copy.name] = combine([outcome.digest for outcome in segments[copy.name]])
         recorded = None if expected is None or copy.changes_values else expected.get(copy.name)
@@ -179,18 +187,34 @@ def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | N
     workers = [
         threading.Thread(target=work, name=f"ckpt-{i}", daemon=True) for i in range(threads or default_threads())
     ]
-    for worker in workers:
-        worker.start()
+    started: list[threading.Thread] = []
     try:
         for worker in workers:
+            try:
+                worker.start()
+            except RuntimeError as error:
+                # The system gives no more threads: those that there are do all the work.
+                if not started:
+                    raise ResourceError(f"the system does not let a thread start: {error}") from error
+                break
+            started.append(worker)
+        for worker in started:
             worker.join()
     except BaseException as interruption:
         failures.append(interruption)
-        for worker in workers:
-            worker.join()
+        _wait_for(started)
         raise
     if failures:
         raise failures[0]
+
+
+def _wait_for(workers: Sequence[threading.Thread]) -> None:
+    """Returns when all have ended, which takes one task each: the files that they use are closed next."""
+    for worker in workers:
+        while worker.is_alive():
+            # A second Ctrl-C is no reason to leave a thread behind that writes.
+            with contextlib.suppress(KeyboardInterrupt):
+                worker.join()
 
 
 def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> Outcome:

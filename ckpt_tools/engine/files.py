@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_tools.core.errors import InputChangedError, StorageError
+from ckpt_tools.core.errors import InputChangedError, NotFoundError, StorageError
 from ckpt_tools.core.paths import open_input
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 READ_AHEAD = 8 << 20
 """Bytes asked of the disk ahead of what was read; more crowds out the writes (measured, docs/performance.md)."""
+
+Identity = tuple[int, int, int]
+"""Size, modification time in nanoseconds and inode: what differs when a file was changed or replaced."""
 
 _ADVISE = getattr(os, "posix_fadvise", None)
 
@@ -29,28 +34,110 @@ _HINTS = {
     errno.EROFS: "the file system is mounted read-only",
 }
 
+_LOST = "what was written may be lost, so the same command starts anew; check the disk and the space on it first"
+"""After a sync that failed: a second one would succeed without writing what the first could not."""
+
+_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
+
 
 @contextmanager
 def storage_errors(action: str, path: Path) -> Iterator[None]:
-    """Turns an `OSError` inside into a `StorageError` that names the action and the file."""
+    """Turns an `OSError` inside into a `StorageError` that names the action and the file.
+
+    The file is `path`, or the one below it that the error speaks of.
+    """
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno or 0)) from error
+        hint = _LOST if action == "sync" else _HINTS.get(error.errno or 0)
+        named = str(error.filename)
+        where = named if named.startswith(f"{path}{os.sep}") else path
+        raise StorageError(f"cannot {action} {where}: {reason}", hint=hint) from error
+
+
+@contextmanager
+def closing(fd: int, path: Path) -> Iterator[int]:
+    """A descriptor that is closed at the end, with a failure to do so as a `StorageError`."""
+    try:
+        yield fd
+    finally:
+        with storage_errors("close", path):
+            os.close(fd)
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, position: int) -> None:
+    """Writes all of `data` at byte `position`, however little of it the system takes at a time; raises `OSError`."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, position)
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rest, position = rest[count:], position + count
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file with these bytes, not synced; raises `OSError`, also where there is something of that name."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        pwrite_all(fd, data, 0)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Returns when the names in a directory are on the disk; raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network file systems keep names by themselves and do not know this call.
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_directories(path: Path) -> None:
+    """The directory and those above it that are missing, each synced into the one above; raises `OSError`."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
+
+
+def close_all(closing: Iterable[tuple[Callable[[], None], Path]]) -> None:
+    """Calls every function, then raises the first failure as a `StorageError` that names its file."""
+    failures: list[StorageError] = []
+    for close, path in closing:
+        try:
+            with storage_errors("close", path):
+                close()
+        except StorageError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
-    while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
-    modification time and inode with those at opening.
+    while threads copy. A source that changes is noticed: a file must be the one that was there before its header was
+    read, or, for a file that nothing is known of, stay the one that was opened.
+
+    Args:
+        root: of the files.
+        identities: of files as they were before their headers were read, by relative path.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
         self._root = root
-        self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
+        self._known = dict(identities or {})
+        self._open: dict[str, tuple[int, Identity]] = {}
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -63,24 +150,23 @@ class FileReader:
             while done < len(into):
                 count = os.preadv(fd, [into[done:]], position + done)
                 if count == 0:
-                    raise StorageError(
+                    raise InputChangedError(
                         f"{path} ends at byte {position + done:,}, {len(into) - done:,} bytes before a tensor does",
-                        hint="the file was truncated after it was opened; fetch it again",
+                        hint="the file was truncated after its header was read; fetch it again",
                     )
                 done += count
         self._read_ahead(file, fd, position + done)
+
+    def size(self, file: str) -> int:
+        """Bytes of the file when it was opened."""
+        self._descriptor(file)
+        return self._open[file][1][0]
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
         for file, (_, before) in self._open.items():
             path = self._root / file
-            with storage_errors("look at", path):
-                now = _identity(os.stat(path))
-            if now != before:
-                raise InputChangedError(
-                    f"{path} changed while it was being read; nothing was written under the final name",
-                    hint="stop whatever writes there and run the command again",
-                )
+            check_identity(path, before, identity_of(path))
 
     def _read_ahead(self, file: str, fd: int, position: int) -> None:
         asked = self._asked.get(file, 0)
@@ -91,9 +177,8 @@ class FileReader:
             _ADVISE(fd, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        for fd, _ in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        opened, self._open = self._open, {}
+        close_all((partial(os.close, fd), self._root / file) for file, (fd, _) in opened.items())
 
     def __enter__(self) -> FileReader:
         return self
@@ -104,16 +189,53 @@ class FileReader:
     def _descriptor(self, file: str) -> int:
         found = self._open.get(file)
         if found is None:
-            with self._lock, storage_errors("open", self._root / file):
+            path, before = self._root / file, self._known.get(file)
+            with self._lock, storage_errors("open", path):
                 found = self._open.get(file)
                 if found is None:
-                    fd = open_input(self._root / file, self._root)
-                    found = self._open[file] = (fd, _identity(os.fstat(fd)))
+                    try:
+                        fd = open_input(path, self._root)
+                    except NotFoundError:
+                        check_identity(path, before, None)
+                        raise
+                    now = _identity(os.fstat(fd))
+                    found = self._open[file] = (fd, before or now)
+                    check_identity(path, found[1], now)
         return found[0]
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
+def identity_of(path: Path) -> Identity | None:
+    """Of the file that is at `path` now, None where there is none; raises `StorageError`."""
+    with storage_errors("look at", path):
+        try:
+            return _identity(os.stat(path))
+        except FileNotFoundError:
+            return None
+
+
+def _identity(status: os.stat_result) -> Identity:
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def check_identity(path: Path, before: Identity | None, now: Identity | None) -> None:
+    """Raises `InputChangedError` when a file, None for none, is no longer what it was."""
+    if now != before:
+        raise InputChangedError(
+            f"{path} changed while it was being read; nothing was written under the final name",
+            hint="stop whatever writes there and run the command again",
+        )
+
+
+def identities(folder: Path) -> dict[str, Identity]:
+    """Of every regular file in a directory, links followed; raises `StorageError`."""
+    found = {}
+    with storage_errors("list", folder), os.scandir(folder) as entries:
+        for entry in entries:
+            # A stranger's temporary file may go at any time.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    found[entry.name] = _identity(entry.stat())
+    return found
 
 
 class FileWriter:
@@ -138,9 +260,7 @@ class FileWriter:
         """Writes all of `data` at byte `position` of `file`."""
         fd = self._descriptor(file)
         with storage_errors("write", self._root / file):
-            done = 0
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], position + done)
+            pwrite_all(fd, data, position)
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
@@ -149,9 +269,8 @@ class FileWriter:
                 os.fsync(fd)
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        opened, self._open = self._open, {}
+        close_all((partial(os.close, fd), self._root / file) for file, fd in opened.items())
 
     def __enter__(self) -> FileWriter:
         return self

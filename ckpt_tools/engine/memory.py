@@ -112,7 +112,7 @@ def load_boxes(
         (LeafCopy(leaf, 0, decoded_as(incoming[shared.get(leaf, leaf)], end.dtype), end), end)
         for leaf, end in _box_ends(layout, target)
     )
-    with FileReader(checkpoint.root) as reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
         _run_parts(copies, reader, _files(boxes), threads)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.engine.files import storage_errors
 from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.config import portable_config
@@ -29,8 +30,9 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 def native_side_files(source: Checkpoint) -> dict[str, SideFile | bytes]:
     """config.json and every other side file, byte for byte, under `hf/`."""
     names = source.side_files
-    if os.path.lexists(source.side_root / hf.CONFIG):
-        names = (hf.CONFIG, *names)
+    with storage_errors("look at", source.side_root):
+        if os.path.lexists(source.side_root / hf.CONFIG):
+            names = (hf.CONFIG, *names)
     return {f"{HF_FOLDER}/{name}": SideFile(source.side_root, name) for name in names}
 
 
@@ -45,8 +47,10 @@ def repository_side_files(
         layout: of the repository that is written.
         leaf_dtypes: of the leaves' values; the most frequent floating-point one is the config's dtype.
     """
-    names = [name for name in hf.side_files(side_root) if name != MODELOPT] if side_root else []
-    files: dict[str, SideFile | bytes] = {name: SideFile(side_root, name) for name in names} if side_root else {}
+    files: dict[str, SideFile | bytes] = {}
+    if side_root:
+        with storage_errors("read", side_root):
+            files = {name: SideFile(side_root, name) for name in hf.side_files(side_root) if name != MODELOPT}
     if config:
         floats = Counter(dtype for dtype in leaf_dtypes.values() if dtype.is_float)
         dtype = floats.most_common(1)[0][0] if floats else None

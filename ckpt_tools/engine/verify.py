@@ -124,7 +124,7 @@ def leaf_digests(
     copies = [copy for copy in _reads(checkpoint) if leaves is None or copy.name in leaves]
     found: dict[tuple[str, int], bytes] = {}
 
-    with FileReader(checkpoint.root) as reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
 
         def act(task: Task) -> None:
             digest, end = Digest(), task.copy.source
@@ -160,7 +160,7 @@ def compare(
     copies, theirs = _pairs(checkpoint, other)
     different: dict[str, list[tuple[int, int]]] = {}
     lock = threading.Lock()
-    with FileReader(checkpoint.root) as reader, FileReader(other.root) as other_reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader, FileReader(other.root, other.inputs) as other_reader:
 
         def act(task: Task) -> None:
             found = _difference(task, theirs[task.copy.name], reader, other_reader, progress)
@@ -266,7 +266,7 @@ def _verify_blobs(
     if not todo:
         return 0
     wrong: list[str] = []
-    with FileReader(checkpoint.root) as reader:
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
 
         def act(blob: tuple[str, int, int, str]) -> None:
             file, position, length, recorded = blob
@@ -315,7 +315,7 @@ def check_duplicates(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.duplicates.items():
         twin = checkpoint.store.tensors[checkpoint.layout.native_tied[name]]
         pair = [LeafCopy(t.name, addressable(t.dtype, t.numel)[1], plain(t, leaf_extents(t))) for t in (tensor, twin)]
-        with FileReader(checkpoint.root) as reader:
+        with FileReader(checkpoint.root, checkpoint.inputs) as reader:
             differ = any(_difference(task, pair[1], reader, reader) is not None for task in tasks_of(pair[:1]))
         if differ:
             raise MismatchError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ckpt_tools.core.errors import FormatError, StorageError
-from ckpt_tools.core.paths import open_input
+from ckpt_tools.core.paths import close_input, open_input
 
 MAX_DOCUMENT_SIZE: Final = 128 << 20
 MAX_DEPTH: Final = 64
@@ -38,7 +38,7 @@ def read_whole(path: Path, limit: int, root: Path | None = None) -> bytes:
             raise FormatError(f"{path} is {size:,} bytes long; the limit for this kind of file is {limit:,}")
         return pread_exact(fd, size, 0, path)
     finally:
-        os.close(fd)
+        close_input(fd, path)
 
 
 def pread_exact(fd: int, length: int, position: int, path: Path) -> bytes:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, listed
 from ckpt_tools.core.names import MAX_NAME_LENGTH
-from ckpt_tools.core.paths import open_input, safe_join
+from ckpt_tools.core.paths import is_there, open_input, safe_join
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
 from ckpt_tools.formats.documents import read_json_object, read_whole
 from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_header
@@ -82,7 +82,7 @@ def open_repository(root: Path) -> Repository:
 
 def _open_store(root: Path) -> Store:
     present = sorted(name for name in os.listdir(root) if name.endswith(".safetensors"))
-    if os.path.lexists(root / INDEX):
+    if is_there(root / INDEX):
         weight_map = _read_weight_map(root)
         files = list(dict.fromkeys(weight_map.values()))
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ckpt_tools.core.errors import CkptError, FormatError, NotFoundError, StorageError, UsageError
+from ckpt_tools.core.paths import is_there
 
 _SCHEME: Final = "hf://"
 _REPOSITORY: Final = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
@@ -53,7 +54,7 @@ def resolve_source(source: str, *, revision: str | None = None, weights: bool = 
     named = source.removeprefix(_SCHEME)
     if named == source:
         path = Path(source).expanduser()
-        if source and path.exists():
+        if source and is_there(path):
             if revision is not None:
                 hint = f"write {_SCHEME}{source} for the Hub"
                 raise UsageError(f"{source} is a directory and has no revision", hint=hint)

@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn
 from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.names import MAX_NAME_LENGTH, nearest
-from ckpt_tools.core.paths import open_input
+from ckpt_tools.core.paths import close_input, open_input
 from ckpt_tools.formats.documents import check_density, first_repeated, pread_exact
 
 ALIGNMENT = 4096
@@ -86,7 +86,7 @@ def read_header(path: Path, root: Path | None = None) -> SafetensorsHeader:
             raise FormatError(f"{path} is truncated: its header needs {8 + length:,} bytes and the file has {size:,}")
         raw = pread_exact(fd, length, 8, path)
     finally:
-        os.close(fd)
+        close_input(fd, path)
     return _check(path, _parse(path, raw), 8 + length, size)
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import random
-import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +20,6 @@ from ckpt_tools.core.errors import (
     LayoutError,
     MismatchError,
     ResourceError,
-    StorageError,
 )
 from ckpt_tools.engine import execute, staging
 from ckpt_tools.families import FAMILIES
@@ -243,41 +237,6 @@ def test_too_little_memory_for_one_thread_is_refused(tmp_path: Path) -> None:
     assert plan(source, memory="5MB", threads=8).threads == 1
 
 
-@pytest.mark.parametrize("call", [1, 2, 7, 30])
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_failed_write_in_any_thread_fails_the_run_and_leaves_no_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, fault: int
-) -> None:
-    source = make_repository(tmp_path / "source")
-    pwrite, calls = os.pwrite, [0]
-
-    def failing(fd: int, data: bytes, position: int) -> int:
-        calls[0] += 1
-        if calls[0] == call:
-            raise OSError(fault, os.strerror(fault))
-        return pwrite(fd, data, position)
-
-    monkeypatch.setattr(os, "pwrite", failing)
-    with pytest.raises(StorageError, match=r"cannot write .*" + os.strerror(fault)):
-        convert(source, tmp_path / "native")
-    assert not (tmp_path / "native").exists()
-    monkeypatch.undo()
-    convert(source, tmp_path / "native")
-    verify(tmp_path / "native", against=source)
-
-
-def test_short_reads_and_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_repository(tmp_path / "source")
-    pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: pwrite(fd, data[: max(1, len(data) // 2)], position))
-    monkeypatch.setattr(
-        os, "preadv", lambda fd, views, position: preadv(fd, [views[0][: max(1, len(views[0]) // 3)]], position)
-    )
-    convert(source, tmp_path / "native", mesh="ep=2")
-    monkeypatch.undo()
-    verify(tmp_path / "native", against=source)
-
-
 def test_an_input_that_changes_during_the_run_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_repository(tmp_path / "source")
     file = next(source.glob("*.safetensors"))
@@ -291,38 +250,6 @@ def test_an_input_that_changes_during_the_run_is_detected(tmp_path: Path, monkey
     with pytest.raises(InputChangedError, match="changed while it was being read"):
         convert(source, tmp_path / "native")
     assert not (tmp_path / "native").exists()
-
-
-PROGRAM = """
-import sys
-from ckpt_tools.engine import execute
-execute.WINDOW = 512
-from ckpt_tools import convert
-convert(sys.argv[1], sys.argv[2], mesh="dp_shard=2,ep=2", overwrite=True)
-"""
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_kill_at_any_moment_leaves_the_old_output_or_none_and_a_rerun_completes(tmp_path: Path, seed: int) -> None:
-    source = make_repository(tmp_path / "source", vocab_size=4096)
-    old = seed % 2 == 1
-    if old:
-        convert(source, tmp_path / "out")
-        before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()}
-    generator = random.Random(seed)
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "out")])
-        time.sleep(generator.uniform(0.1, 0.8))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "out").exists():
-            now = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()}
-            assert (old and now == before) or verify(tmp_path / "out", against=source)
-        else:
-            assert not old
-    subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "out")], check=True)
-    verify(tmp_path / "out", against=source)
-    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_rerun_redoes_only_what_was_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, listed
-from ckpt_tools.core.paths import open_input, safe_join
+from ckpt_tools.core.paths import close_input, open_input, safe_join
 from ckpt_tools.core.tensors import Checksum, Chunk, Store, StoredTensor, row_major
 from ckpt_tools.formats.dcp.blob import LocatedTensor, locate
 from ckpt_tools.formats.dcp.description import DescribedTensor, Description, Location, parse
@@ -164,7 +164,7 @@ def _size(path: Path, root: Path) -> int:
     try:
         return os.fstat(fd).st_size
     finally:
-        os.close(fd)
+        close_input(fd, path)
 
 
 def _locate_all(root: Path, pieces: Sequence[_Piece]) -> list[tuple[_Piece, LocatedTensor]]:
@@ -180,7 +180,7 @@ def _locate_all(root: Path, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Loca
             for i in members:
                 found[i] = _locate(fd, path, pieces[i])
         finally:
-            os.close(fd)
+            close_input(fd, path)
     return [(piece, found[i]) for i, piece in enumerate(pieces)]
 
 
