@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
+from ckpt_tools.core.paths import is_there
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
@@ -181,7 +182,7 @@ def _open(path: Path, family: str | None, form: str | None, dialect: str | None,
 def _root_of(path: Path) -> Path:
     """The directory of the tensors: the given one, or the folder in it that trainers put a model's into."""
     for root in (path, *(_own_folder(path, folder) for folder in MODEL_FOLDERS)):
-        if os.path.lexists(root / ".metadata") or sharded_safetensors.is_sharded(root):
+        if is_there(root / ".metadata") or sharded_safetensors.is_sharded(root):
             return root
         if root is path and any(name.endswith(".safetensors") for name in os.listdir(path)):
             break
@@ -189,7 +190,7 @@ def _root_of(path: Path) -> Path:
 
 
 def _open_store(root: Path) -> Store:
-    if os.path.lexists(root / ".metadata"):
+    if is_there(root / ".metadata"):
         return dcp.open_dcp(root)
     return (
         sharded_safetensors.open_sharded(root)
@@ -226,7 +227,7 @@ def read_config(root: Path) -> Mapping[str, Any]:
         FormatError: it is not a JSON object.
     """
     path = root / "config.json"
-    return read_json_object(path) if os.path.lexists(path) else {}
+    return read_json_object(path) if is_there(path) else {}
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

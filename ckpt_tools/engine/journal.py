@@ -7,6 +7,7 @@ was written, and after a crash of the machine its boot id differs and the journa
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -77,16 +78,20 @@ class FileJournal(Journal):
 
 
 def read_journal(path: Path) -> tuple[bytes, dict[int, Outcome]] | None:
-    """First line and whole records of the journal at `path`, None where there is none.
+    """First line and whole records of the journal at `path`, None where there is none; links and pipes are none.
 
     Raises:
-        StorageError: it cannot be read, or is a symbolic link.
+        StorageError: it cannot be read.
     """
     with storage_errors("read", path):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
         with closing(fd, path):
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.errors import FormatError
-from ckpt_tools.core.paths import safe_join
+from ckpt_tools.core.paths import is_there, safe_join
 from ckpt_tools.engine.digest import ALGORITHM
 from ckpt_tools.formats.documents import read_json_object
 
@@ -57,7 +56,7 @@ def read_manifest(root: Path) -> Manifest | None:
         FormatError: it is malformed or of a newer version.
     """
     path = root / MANIFEST
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     body = read_json_object(path)
     if body.get("version") != VERSION:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.dtypes import DType
+from ckpt_tools.core.paths import is_there
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.files import storage_errors
 from ckpt_tools.families import family_of
@@ -31,7 +31,7 @@ def native_side_files(source: Checkpoint) -> dict[str, SideFile | bytes]:
     """config.json and every other side file, byte for byte, under `hf/`."""
     names = source.side_files
     with storage_errors("look at", source.side_root):
-        if os.path.lexists(source.side_root / hf.CONFIG):
+        if is_there(source.side_root / hf.CONFIG):
             names = (hf.CONFIG, *names)
     return {f"{HF_FOLDER}/{name}": SideFile(source.side_root, name) for name in names}
 

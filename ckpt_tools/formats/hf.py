@@ -76,7 +76,7 @@ def open_repository(root: Path) -> Repository:
     """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory")
-    config = read_json_object(root / CONFIG) if os.path.lexists(root / CONFIG) else {}
+    config = read_json_object(root / CONFIG) if is_there(root / CONFIG) else {}
     return Repository(_open_store(root), config, side_files(root))
 
 

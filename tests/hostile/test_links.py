@@ -15,6 +15,7 @@ from ckpt_tools import convert, inspect, verify
 from ckpt_tools.core import paths
 from ckpt_tools.core.errors import CkptError, FormatError, UsageError
 from ckpt_tools.core.paths import open_input
+from ckpt_tools.engine.staging import Staging
 from ckpt_tools.formats.hf import INDEX, SideFile
 from tests.checkpoints import make_repository
 from tests.hostile.canary import untouched
@@ -171,15 +172,15 @@ def test_a_file_that_is_exchanged_for_a_link_during_a_copy_does_not_reach_the_ou
 ) -> None:
     """Side files are listed when the source is opened and read after the tensors."""
     source = make_repository(tmp_path / "source", "qwen3")
-    read = SideFile.read
+    copy = Staging.copy_document
 
-    def late(self: SideFile) -> bytes:
-        if self.name == "tokenizer.json" and not (source / "tokenizer.json").is_symlink():
+    def late(self: Staging, name: str, file: SideFile) -> str:
+        if file.name == "tokenizer.json" and not (source / "tokenizer.json").is_symlink():
             (source / "tokenizer.json").unlink()
             (source / "tokenizer.json").symlink_to(outside / "secret.json")
-        return read(self)
+        return copy(self, name, file)
 
-    monkeypatch.setattr(SideFile, "read", late)
+    monkeypatch.setattr(Staging, "copy_document", late)
     with untouched(outside), pytest.raises(FormatError, match="outside of the checkpoint"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

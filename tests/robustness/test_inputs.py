@@ -23,6 +23,8 @@ from tests.robustness.scenarios import (
     tree,
 )
 
+SNAPSHOT, CACHED = "models--org--name/snapshots/0123abc", "models--org--name/blobs"
+
 
 def _replace(path: Path) -> None:
     """Another file of the same size and time under the same name."""
@@ -96,8 +98,9 @@ def test_a_side_file_that_grows_while_it_is_copied_is_noticed(tmp_path: Path, mo
 
 def test_a_blob_of_the_hub_cache_that_is_exchanged_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_repository(tmp_path / "plain")
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
-    blobs.mkdir()
+    cache = tmp_path / "models--org--name"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(sorted(plain.iterdir())):
         path.rename(blobs / str(number))
@@ -114,22 +117,22 @@ def test_a_blob_of_the_hub_cache_that_is_exchanged_is_noticed(tmp_path: Path, mo
 
 @pytest.mark.parametrize(
     ("source", "output"),
-    [("a", "a"), ("a/b", "a"), ("link", "a"), (".a.ckpt-staging", "a"), ("native", "native/hf"), ("snapshot", "a")],
+    [("a", "a"), ("a/b", "a"), ("link", "a"), (".a.ckpt-staging", "a"), ("native", "native/hf"), (SNAPSHOT, CACHED)],
 )
 def test_an_output_that_holds_what_is_read_is_refused(tmp_path: Path, source: str, output: str) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    where = work / ("a" if source in ("link", "snapshot") else source)
+    where = work / {"link": "a", SNAPSHOT: CACHED}.get(source, source)
     where.parent.mkdir(exist_ok=True)
     plain = make_repository(where if source != "native" else tmp_path / "plain")
     if source == "native":
         convert(plain, where)
     if source == "link":
         (work / "link").symlink_to("a")
-    if source == "snapshot":
-        (work / "snapshot").mkdir()
+    if source == SNAPSHOT:
+        (work / SNAPSHOT).mkdir(parents=True)
         for path in plain.iterdir():
-            (work / "snapshot" / path.name).symlink_to(path)
+            (work / SNAPSHOT / path.name).symlink_to(path)
     before = tree(work)
     run = consolidate if source == "native" else convert
     with pytest.raises(UsageError, match="would replace"):
