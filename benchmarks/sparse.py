@@ -1,4 +1,4 @@
-"""Real-sized checkpoints without their data: true headers, indices and `.metadata`, and holes where the tensors would be.
+"""Real-sized checkpoints without their data: true headers, indices and `.metadata`, and holes in place of tensors.
 
 `python -m benchmarks.sparse DeepSeek-V3 DIRECTORY` makes one. Everything that works from headers alone (opening,
 planning, proving, the verbs that look) meets the size that it has in the world, in a few megabytes of disk.

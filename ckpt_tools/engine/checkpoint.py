@@ -93,11 +93,8 @@ class Checkpoint:
                 if leaf.name not in self.shared
             }
         else:
-            found = {
-                piece.leaf: tensor.dtype
-                for name, tensor in tensors.items()
-                for piece in self.layout.native[name].view.pieces
-            }
+            native = self.layout.native
+            found = {leaf: tensor.dtype for name, tensor in tensors.items() for leaf in native[name].leaves}
         return found | {name: found[other] for name, other in self.shared.items()}
 
 
@@ -155,8 +152,11 @@ def _recognise(
     if chosen is None:
         return identity({name: t.shape for name, t in store.tensors.items()}), "hf", {}, {}
     layout = chosen.layout(config, names=store.tensors.keys())
+    strangers = store.tensors.keys() - layout.shapes("hf").keys() - layout.native.keys()
     dropped = {
-        name: "a buffer that holds no weights" for name in store.tensors if any(match(t, name) for t in layout.dropped)
+        name: "a buffer that holds no weights"
+        for name in store.tensors
+        if name in strangers and any(match(t, name) for t in layout.dropped)
     }
     dropped |= dict.fromkeys(layout.beside & store.tensors.keys(), "a scale of activations, which plain weights lack")
     duplicates = {name: store.tensors[name] for name in layout.tied if name in store.tensors}
@@ -176,18 +176,18 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
-    layout = checkpoint.layout
-    wrong = []
+    layout, tensors = checkpoint.layout, checkpoint.store.tensors
     shapes = layout.shapes(checkpoint.side)
-    encoded = [leaf for leaf in layout.leaves.values() if leaf.encoding] if checkpoint.side == "hf" else []
-    parts = {p.name: (p, leaf) for leaf in encoded if leaf.encoding for p in leaf.encoding.parts(leaf.name, leaf.shape)}
-    for name, tensor in checkpoint.store.tensors.items():
-        if tensor.shape != shapes[name] and not (name in parts and _squeezed(tensor.shape) == _squeezed(shapes[name])):
-            wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
-    for part, leaf in parts.values():
-        dtype = checkpoint.store.tensors[part.name].dtype
-        if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):
-            wrong.append(f"{part.name} is {dtype}, the {layout.form} form of {leaf.name} has {part.dtype}")
+    differ = {name for name, tensor in tensors.items() if tensor.shape != shapes[name]}
+    wrong = []
+    for leaf, parts in layout.parts.items() if checkpoint.side == "hf" else ():
+        for part in parts:
+            stored = tensors[part.name]
+            if part.name in differ and _squeezed(stored.shape) == _squeezed(part.shape):
+                differ.discard(part.name)
+            if stored.dtype is not part.dtype and not (stored.dtype.is_float and part.dtype.is_float):
+                wrong.append(f"{part.name} is {stored.dtype}, the {layout.form} form of {leaf} has {part.dtype}")
+    wrong += [f"{n} is {list(tensors[n].shape)}, the config says {list(shapes[n])}" for n in tensors if n in differ]
     for name, tensor in checkpoint.duplicates.items():
         other = checkpoint.store.tensors[layout.tied[name]]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):

@@ -19,7 +19,7 @@ from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_f
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Plain, decoded_as, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads
-from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents
+from ckpt_tools.engine.extents import Extent, NativeExtents, leaf_extents
 from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import LeafCopy
@@ -105,7 +105,7 @@ def load_boxes(
             raise LayoutError(f"{checkpoint.root} has no tensor {box.name}")
     target = _memory_store(layout, boxes)
     names = {box.name for box in boxes}
-    leaves = {p.leaf for name in names for p in layout.native[name].view.pieces}
+    leaves = {leaf for name in names for leaf in layout.native[name].leaves}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
         (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
@@ -147,7 +147,7 @@ class RepositoryExport:
         self._config = config
         self._side_files_from = side_files_from
         self._source = dict(source or {})
-        self._leaf_dtypes = {p.leaf: dtypes[name] for name, t in layout.native.items() for p in t.view.pieces}
+        self._leaf_dtypes = {leaf: dtypes[name] for name, t in layout.native.items() for leaf in t.leaves}
         self._target: TargetFiles = hf.plan_repository(
             repository_tensors(layout, self._leaf_dtypes), max_shard_size=max_shard_size
         )
@@ -209,12 +209,13 @@ def _memory_store(layout: Layout, boxes: Sequence[Box]) -> Store:
 
 def _box_ends(layout: Layout, store: Store) -> Iterator[tuple[str, Plain]]:
     """(leaf, end) of the extents of the boxes: all of a leaf's together where they leave no gap, else one by one."""
+    extents = NativeExtents()
     for name, tensor in store.tensors.items():
         found: dict[str, list[Extent]] = {}
         if layout.is_identity:
             found[name] = leaf_extents(tensor)
         else:
-            for leaf, part in native_extents(tensor, layout.native[name].view):
+            for leaf, part in extents.of(tensor, layout.native[name]):
                 found.setdefault(leaf, []).append(part)
         for leaf, parts in found.items():
             if sum(part.numel for part in parts) == _reach(parts):

@@ -96,14 +96,14 @@ def native_dtypes(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str,
     """
     dtypes: dict[str, DType] = {}
     for name, tensor in layout.native.items():
-        kinds = {leaf_dtypes[piece.leaf].name: piece.leaf for piece in tensor.view.pieces}
+        kinds = {leaf_dtypes[leaf].name: leaf for leaf in tensor.leaves}
         if len(kinds) > 1:
             raise LayoutError(
                 f"{name} cannot be made of pieces of different dtypes: "
                 + ", ".join(f"{leaf} is {kind}" for kind, leaf in kinds.items()),
                 hint="give --dtype to cast them to one",
             )
-        dtypes[name] = leaf_dtypes[tensor.view.pieces[0].leaf]
+        dtypes[name] = leaf_dtypes[tensor.leaves[0]]
     return dtypes
 
 
