@@ -87,6 +87,10 @@ def _whole(
 
 
 def _sharded(layout: Layout, mesh: ShardingMesh) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    known: dict[tuple[tuple[int, ...], bool], list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
     for name, tensor in layout.native.items():
-        for rank, offsets, sizes in boxes(tensor.shape, mesh, stacked=name in layout.stacked):
-            yield name, offsets, sizes, rank
+        stacked = name in layout.stacked
+        parts = known.get((tensor.shape, stacked))
+        if parts is None:
+            parts = known[tensor.shape, stacked] = list(boxes(tensor.shape, mesh, stacked=stacked))
+        yield from ((name, offsets, sizes, rank) for rank, offsets, sizes in parts)
