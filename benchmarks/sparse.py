@@ -187,10 +187,13 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--form", default="", help="fp8, or nothing for BF16")
+    parser.add_argument("--max-file-size", default=MAX_FILE_SIZE)
     parser.add_argument("--native", type=Path, help="also make a native checkpoint there")
     parser.add_argument("--mesh", help="of the native checkpoint")
     arguments = parser.parse_args()
-    source = sparse_repository(arguments.directory, MODELS[arguments.model], form=arguments.form)
+    source = sparse_repository(
+        arguments.directory, MODELS[arguments.model], form=arguments.form, max_file_size=arguments.max_file_size
+    )
     if arguments.native:
         sparse_native(source, arguments.native, mesh=arguments.mesh)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError, NotFoundError
 from ckpt_tools.core.names import match
@@ -62,6 +63,7 @@ class Checkpoint:
         """Whether leaves are stored in a quantised form."""
         return self.side == "hf" and any(leaf.encoding for leaf in self.layout.leaves.values())
 
+    @no_collection()
     def ends(self) -> dict[str, End]:
         """Where every leaf lies, each proven to be there exactly once.
 
@@ -98,6 +100,7 @@ class Checkpoint:
         return found | {name: found[other] for name, other in self.shared.items()}
 
 
+@no_collection()
 def open_checkpoint(path: Path, *, family: str | None = None, form: str | None = None) -> Checkpoint:
     """Opens a Hugging Face repository, a native checkpoint or a training checkpoint from its headers.
 

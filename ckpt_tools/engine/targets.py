@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Literal
 
+from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ Placement = tuple[tuple[int, ...], tuple[int, ...], str]
 Tensors = dict[str, tuple[DType, tuple[int, ...], list[Placement]]]
 
 
+@no_collection()
 def plan_native(
     source: Checkpoint,
     *,
@@ -42,6 +44,7 @@ def plan_native(
     return plan_copy(source, target, "native")
 
 
+@no_collection()
 def plan_huggingface(
     source: Checkpoint, *, dtype: DType | None, max_shard_size: int, layout: Layout | None = None
 ) -> Plan:

@@ -133,6 +133,7 @@ def _stored(
     return archive.find_data(entry, read, fail)
 
 
+@lru_cache(maxsize=4096)
 def _unless_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     if prod(sizes) <= 1:
         return None
