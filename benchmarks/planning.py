@@ -20,7 +20,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
 MESH = "dp_shard=8,ep=8"
 EXPLAINED = "model.layers.5.mlp.experts.gate_up_proj"
 

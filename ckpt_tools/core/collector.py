@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, held off while a plan is made: all that planning makes lives on, without cycles."""
+"""Python's cyclic garbage collector, held off while a plan is made: what planning makes lives on, without cycles."""
 
 from __future__ import annotations
 
