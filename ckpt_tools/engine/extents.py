@@ -48,7 +48,8 @@ class Extent(NamedTuple):
     @property
     def is_transposed(self) -> bool:
         """Neighbours in the leaf are not neighbours in the file."""
-        return self.leaf_strides[-1] == 1 and self.file_strides[-1] != 1
+        nearest = self.file_strides[-1]
+        return nearest != 1 and (self.leaf_strides[-1] == 1 or nearest > min(self.file_strides))
 
     def within(self, low: int, high: int, itemsize: int) -> Iterator[Extent]:
         """The parts of the extent whose leaf positions lie in `[low, high)`."""

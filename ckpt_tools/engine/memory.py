@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats import hf
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
+
+
+GAP = 64 << 10
+"""Bytes between two wanted runs of a file that are read along: as long as what a read of their own would cost."""
 
 
 @dataclass(frozen=True)
@@ -234,30 +239,34 @@ def _files(boxes: Sequence[Box]) -> MemoryFiles:
     return MemoryFiles((str(i), box.data) for i, box in enumerate(boxes))
 
 
-def _run_parts(copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None) -> None:
-    """Runs copies that concern only the elements of their extents: a copy becomes tasks dense in the leaf."""
-    tasks = (Task(0, copy, low, high) for copy, end in copies for low, high in _ranges(end))
+def _run_parts(
+    copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None, gap: int = 0
+) -> None:
+    """Runs copies that concern only the elements of their extents.
+
+    A copy becomes tasks for ranges of the leaf, which hold those elements and runs of up to `gap` bytes of others.
+    """
+    tasks = (Task(0, copy, low, high) for copy, end in copies for low, high in _ranges(end, gap))
     run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
 
 
-def _ranges(end: Plain) -> Iterator[tuple[int, int]]:
-    """Leaf ranges that hold the elements of an end and no others, cut so that threads share large ones."""
+def _ranges(end: Plain, gap: int) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the elements of an end, cut so that threads share large ones."""
     step = max(1, SEGMENT // end.itemsize)
     start = end.extents[0].leaf_start if end.extents else 0
     reach = _reach(end.extents)
     whole = [(start, start + reach)] if sum(part.numel for part in end.extents) == reach else None
-    for low, high in whole or dense_ranges(end.extents[0], end.itemsize):
+    for low, high in whole or leaf_ranges(end.extents[0], gap // end.itemsize):
         yield from ((first, min(first + step, high)) for first in range(low, high, step))
 
 
-def dense_ranges(part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Leaf ranges that hold the extent's elements and no others."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(part.sizes, part.leaf_strides, strict=True))
-    if reach == part.numel:
-        yield part.leaf_start, part.leaf_start + reach
-        return
-    outer = part.leaf_strides[0]
-    for step in range(part.sizes[0]):
-        low = part.leaf_start + step * outer
-        for inner in part.within(low, low + reach - (part.sizes[0] - 1) * outer, itemsize):
-            yield from dense_ranges(inner, itemsize)
+def leaf_ranges(part: Extent, gap: int = 0) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the extent's elements, and others only where up to `gap` of them lie between two runs."""
+    inner, reach = len(part.sizes), 1
+    while inner and part.leaf_strides[inner - 1] - reach <= gap:
+        inner -= 1
+        reach += (part.sizes[inner] - 1) * part.leaf_strides[inner]
+    steps = (range(0, n * stride, stride) for n, stride in zip(part.sizes[:inner], part.leaf_strides, strict=False))
+    for offsets in product(*steps):
+        low = part.leaf_start + sum(offsets)
+        yield low, low + reach
