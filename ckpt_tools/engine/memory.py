@@ -34,7 +34,6 @@ from ckpt_tools.formats import hf
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
-
 GAP = 64 << 10
 """Bytes between two wanted runs of a file that are read along: as long as what a read of their own would cost."""
 
