@@ -108,7 +108,7 @@ def load_boxes(
     leaves = {p.leaf for name in names for p in layout.native[name].view.pieces}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
-        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
+        (LeafCopy(leaf, (), decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
     )
     with FileReader(checkpoint.root) as reader:
         _run_parts(copies, reader, _files(boxes), threads)
@@ -170,7 +170,7 @@ class RepositoryExport:
     def write(self, boxes: Sequence[Box], *, threads: int | None = None) -> None:
         """Writes the elements of these boxes into the files and syncs them."""
         source = _memory_store(self._layout, boxes)
-        copies = ((LeafCopy(leaf, 0, end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
+        copies = ((LeafCopy(leaf, (), end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
         with FileWriter(self._staging.path) as writer:
             _run_parts(copies, _files(boxes), writer, threads)
             writer.sync()
