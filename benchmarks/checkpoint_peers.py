@@ -1,4 +1,4 @@
-"""What other tools do with the files of `checkpoints.py`: `python checkpoint_peers.py TOOL SOURCE OUT`, one process each.
+"""What other tools do with the files of `checkpoints.py`, a process each: `checkpoint_peers.py TOOL SOURCE OUT`.
 
 Each is called as its own documentation says. `stream` is the best of the scripts that people write by hand: it holds
 one layer at a time.

@@ -3,9 +3,11 @@
     python benchmarks/checkpoints.py --rounds 5 --mode cold --data bench-data --json benchmarks/results/checkpoints.json
 
 A repository shaped like Qwen3-MoE (hidden 1024, 12 layers, 64 experts of width 768, vocabulary 32768: 3.886 GB in
-2,415 tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once. Every round runs each job once, in the same order; each starts from an empty output and,
+2,415 tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once, and shards of the first as
+torch writes them on 4 ranks. Every round runs each job once, in the same order; each starts from an empty output and,
 in `cold` mode, from an empty page cache (needs root), and ends when the output is on the disk. Ratios are medians over
-rounds of cp's time divided by the job's in the same round. Memory is the peak resident size over that of a bare Python.
+rounds of the time of cp of the same bytes divided by the job's in the same round. Memory is the peak resident size over
+that of a bare Python. `--jobs REGEX` chooses; peers need the training extra.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ CKPT = [sys.executable, "-m", "ckpt_tools"]
 PEERS = Path(__file__).with_name("checkpoint_peers.py")
 LAUNCH = """
 import json, os, sys
-pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
 _, status, used = os.wait4(pid, 0)
-with open(3, "w") as out:
+with open(int(sys.argv[1]), "w") as out:
     json.dump([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss * 1024], out)
 """
 """Starts a job from a bare Python: the peak of a process counts that of the one it was spawned from."""
@@ -98,13 +100,8 @@ def launch(name: str, command: list[str]) -> tuple[float, int]:
     """(CPU seconds, peak resident bytes) of a command."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as errors:
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" 3>&{write}', "sh", *launcher],
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            pass_fds=(write,),
-        )
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, str(write), *command]
+        process = subprocess.Popen(launcher, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(write,))
         os.close(write)
         with open(read) as found:
             text = found.read()
