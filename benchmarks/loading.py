@@ -1,8 +1,8 @@
 """`from_pretrained` of this project against transformers' on the same files, on CPUs, interleaved in one run.
 
-    python -m benchmarks.loading --rounds 3 --data bench-data --json benchmarks/results/loading.json
+    python benchmarks/loading.py --rounds 3 --data bench-data --json benchmarks/results/loading.json
 
-A repository of `benchmarks/checkpoints.py` (Qwen3-MoE, an expert a tensor, BF16) or one of GPT-OSS's shape (experts
+A repository of `benchmarks/checkpoint_data.py` (Qwen3-MoE, an expert a tensor, BF16) or one of GPT-OSS's shape (experts
 stacked and transposed) is made once. Each run is a process of its own, or two over gloo: after its imports it loads the
 model, then looks at every element, so that pages which are only mapped are read as well. Memory is the peak resident
 size over that after the imports and the parameters held (of the process that has most); bytes are those that read calls
@@ -21,7 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.checkpoints import CONFIG, empty_cache, fill_cache, make_source
+from checkpoint_data import CONFIG, make_source
+from checkpoints import empty_cache, fill_cache
 
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"],

@@ -54,9 +54,12 @@ class Checkpoint:
 
     @property
     def digests(self) -> Mapping[str, str] | None:
-        """Digests of the leaves that the manifest records, None where it has none for leaves of this form."""
+        """Digests of the leaves that the manifest records; None where it has none for leaves of this form, or has them
+        by another algorithm (`Manifest.foreign_digests`)."""
         manifest = self.manifest
-        return manifest.tensors if manifest is not None and manifest.form == self.layout.leaf_form else None
+        if manifest is None or manifest.foreign_digests or manifest.form != self.layout.leaf_form:
+            return None
+        return manifest.tensors
 
     @property
     def is_encoded(self) -> bool:

@@ -53,8 +53,27 @@ class Extent(NamedTuple):
 
     def within(self, low: int, high: int, itemsize: int) -> Iterator[Extent]:
         """The parts of the extent whose leaf positions lie in `[low, high)`."""
+        if self.is_contiguous:
+            first, last = max(low, self.leaf_start), min(high, self.leaf_start + self.sizes[0])
+            if first < last:
+                position = self.position + (first - self.leaf_start) * itemsize
+                yield Extent(self.file, position, first, (last - first,), (1,), (1,))
+            return
         for box in cut(self.leaf_start, self.sizes, self.leaf_strides, low, high):
             yield self._part(box, itemsize)
+
+    def pieces(self, items: int, itemsize: int) -> Iterator[Extent]:
+        """The extent in parts of at most `items` elements, cut across its longest loop but for the runs of the file."""
+        if self.numel <= items:
+            yield self
+            return
+        run = min(range(len(self.sizes)), key=lambda loop: self.file_strides[loop])
+        loop = max(range(len(self.sizes)), key=lambda loop: (loop != run and self.sizes[loop] > 1, self.sizes[loop]))
+        step = max(1, self.sizes[loop] * items // self.numel)
+        for first in range(0, self.sizes[loop], step):
+            box = [(0, size) for size in self.sizes]
+            box[loop] = (first, min(step, self.sizes[loop] - first))
+            yield from self._part(tuple(box), itemsize).pieces(items, itemsize)
 
     def _part(self, box: Box, itemsize: int) -> Extent:
         firsts = [first for first, _ in box]
@@ -101,6 +120,11 @@ def _merged(
 def addressable(dtype: DType, numel: int) -> tuple[int, int]:
     """(item size in bytes, number of items) of a tensor: packed types narrower than a byte are moved as bytes."""
     return (1, dtype.nbytes(numel)) if dtype.bits % 8 else (dtype.itemsize, numel)
+
+
+def items_of(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in items: packed types narrower than a byte are one row of bytes."""
+    return (dtype.nbytes(prod(shape)),) if dtype.bits % 8 else shape
 
 
 def leaf_extents(tensor: StoredTensor) -> list[Extent]:

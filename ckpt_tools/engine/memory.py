@@ -112,10 +112,10 @@ def load_boxes(
     leaves = {leaf for name in names for leaf in layout.native[name].leaves}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
-        (LeafCopy(leaf, 0, decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
+        (LeafCopy(leaf, (), decoded_as(incoming[leaf], end.dtype), end), end) for leaf, end in _box_ends(layout, target)
     )
     with FileReader(checkpoint.root) as reader:
-        _run_parts(copies, reader, _files(boxes), threads)
+        _run_parts(copies, reader, _files(boxes), threads, GAP)
 
 
 class RepositoryExport:
@@ -174,7 +174,7 @@ class RepositoryExport:
     def write(self, boxes: Sequence[Box], *, threads: int | None = None) -> None:
         """Writes the elements of these boxes into the files and syncs them."""
         source = _memory_store(self._layout, boxes)
-        copies = ((LeafCopy(leaf, 0, end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
+        copies = ((LeafCopy(leaf, (), end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
         with FileWriter(self._staging.path) as writer:
             _run_parts(copies, _files(boxes), writer, threads)
             writer.sync()
@@ -243,9 +243,14 @@ def _run_parts(
 ) -> None:
     """Runs copies that concern only the elements of their extents.
 
-    A copy becomes tasks for ranges of the leaf, which hold those elements and runs of up to `gap` bytes of others.
+    A copy becomes tasks for ranges of the leaf, which hold those elements and runs of up to `gap` bytes of others; of a
+    quantised source no others, which would have to be decoded too.
     """
-    tasks = (Task(0, copy, low, high) for copy, end in copies for low, high in _ranges(end, gap))
+    tasks = (
+        Task(0, copy, low, high)
+        for copy, end in copies
+        for low, high in _ranges(end, gap if isinstance(copy.source, Plain) else 0)
+    )
     run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
 
 

@@ -166,7 +166,7 @@ def test_a_rank_with_a_slice_of_transposed_experts_reads_them_in_segments(
     # GPT-OSS in BF16 holds experts as [in, out] with gate and up alternating: a rank's rows are single elements there.
     source = make_repository(tmp_path / "source", "gpt_oss", hidden_size=96, intermediate_size=128)
     checkpoint = open_checkpoint(source)
-    mesh = ShardingMesh(dp_shard=4)
+    mesh = ShardingMesh(dp_shard=2, ep=2)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     reads: list[int] = []
     read = FileReader.read

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+import random
+from unittest import mock
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
+from ckpt_tools.engine import transfer
 from ckpt_tools.engine.extents import Extent, extent
 from ckpt_tools.engine.files import MemoryFiles
 from ckpt_tools.engine.memory import leaf_ranges
@@ -107,3 +114,41 @@ def test_a_transposed_region_is_read_and_written_by_whole_runs() -> None:
     back = memoryview(bytearray(48))
     gather([part], Window(back, 0, 24, 2), file)
     assert np.array_equal(np.frombuffer(back, np.uint16), leaf)
+
+
+@given(
+    st.lists(st.integers(1, 11), min_size=2, max_size=3),
+    st.randoms(use_true_random=False),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_tiles_transpose_arrays_of_any_order_and_size(shape: list[int], order: random.Random, itemsize: int) -> None:
+    """Small tiles, so that arrays of a few items have many of them, whole and cut."""
+    dims = list(range(len(shape)))
+    order.shuffle(dims)
+    source = np.arange(math.prod(shape)).astype(f"u{itemsize}").reshape(shape)
+    memory = np.empty([shape[dim] for dim in dims], source.dtype)
+    target = memory.transpose(np.argsort(dims))
+    with mock.patch.object(transfer, "_TILE", (5, 3 * itemsize)):
+        transfer._transpose(source, target)
+    assert np.array_equal(target, source)
+
+
+@given(placements(), st.integers(1, 60))
+def test_pieces_of_an_extent_are_small_and_hold_each_of_its_elements_once(
+    case: tuple[Extent, int, int, int], items: int
+) -> None:
+    part, _, itemsize, _ = case
+
+    def elements(extent: Extent) -> list[tuple[int, int]]:
+        steps = itertools.product(*map(range, extent.sizes))
+        return [
+            (
+                extent.position + itemsize * sum(map(operator.mul, step, extent.file_strides)),
+                extent.leaf_start + sum(map(operator.mul, step, extent.leaf_strides)),
+            )
+            for step in steps
+        ]
+
+    pieces = list(part.pieces(items, itemsize))
+    assert max(piece.numel for piece in pieces) <= items
+    assert sorted(e for piece in pieces for e in elements(piece)) == sorted(elements(part))
