@@ -28,7 +28,7 @@ from automodel.models.saving import attach_source
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import allocate, load_parameters
 from automodel.parallel.mesh import MeshConfig, ParallelMesh
-from automodel.sources import Location, locate, without_hub_options
+from automodel.sources import Location, locate, require_config, without_hub_options
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint, read_config
 
@@ -247,6 +247,8 @@ def _read_config(
         return config, location, rest
     loader = {name: rest.pop(name) for name in _LOADER_ARGUMENTS if name in rest}
     root = location.side_root if config is None else config
+    if config is None:
+        require_config(location)
     if config is None and not trust_remote_code:
         require_known(read_config(root).get("model_type"))
     found, unused = AutoConfig.from_pretrained(

@@ -36,6 +36,12 @@ from ckpt_tools.engine.checkpoint import open_checkpoint
 _logger = get_logger(__name__)
 
 
+_RENAMED = (
+    "the family has no layout here, and transformers renames tensors only while it reads a repository: make one with "
+    "`ckpt consolidate`, and load that"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What the caller asked of the model.
@@ -139,7 +145,7 @@ def _load_by_parts(
     except LayoutError as error:
         if location.is_native:
             # transformers cannot read these files at all.
-            raise
+            raise LayoutError(error.message, hint=error.hint or _RENAMED) from None
         log_once(
             _logger,
             logging.WARNING,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.errors import NotFoundError
+from ckpt_tools.formats.dcp.metadata import METADATA_FILE
+from ckpt_tools.formats.hf import CONFIG
 from ckpt_tools.formats.hub import resolve_source
 
 _DOWNLOAD_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "token"})
@@ -65,8 +67,17 @@ def locate(
     root = root / subfolder
     if not root.is_dir():
         raise NotFoundError(f"{name} has no folder {subfolder!r}" if subfolder else f"{name} is not a directory")
-    native = (root / "hf" / "config.json").is_file() and not (root / "config.json").exists()
+    native = (root / "hf" / CONFIG).is_file() and not (root / CONFIG).exists()
     return Location(root, root / "hf" if native else root, repository, weights or repository is None)
+
+
+def require_config(location: Location) -> None:
+    """Raises `NotFoundError` for a DCP checkpoint without a config, which transformers takes for a wrong name."""
+    if (location.root / METADATA_FILE).exists() and not (location.side_root / CONFIG).exists():
+        raise NotFoundError(
+            f"{location.root} is a checkpoint without {CONFIG}, so its architecture is not known",
+            hint=f"put the {CONFIG} of the model's repository into {location.root / 'hf'}, or give it as config=",
+        )
 
 
 def without_hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

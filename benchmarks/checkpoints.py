@@ -1,62 +1,45 @@
-"""Convert and consolidate against `cp` of the same bytes and against transformers, interleaved in one run.
+"""Convert and consolidate against `cp` of the same bytes and against other tools, interleaved in one run.
 
     python benchmarks/checkpoints.py --rounds 5 --mode cold --data bench-data --json benchmarks/results/checkpoints.json
 
 A repository shaped like Qwen3-MoE (hidden 1024, 12 layers, 64 experts of width 768, vocabulary 32768: 3.886 GB in
-2,415 tensors) is made once. Every round runs each job once, in the same order; each starts from an empty output and,
+2,415 tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once, and shards of the first as
+torch writes them on 4 ranks. Every round runs each job once, in the same order; each starts from an empty output and,
 in `cold` mode, from an empty page cache (needs root), and ends when the output is on the disk. Ratios are medians over
-rounds of cp's time divided by the job's in the same round. Memory is the peak resident size over that of a bare Python.
+rounds of the time of cp of the same bytes divided by the job's in the same round. Memory is the peak resident size over
+that of a bare Python. `--jobs REGEX` chooses; peers need the training extra.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import math
 import os
 import platform
-import random
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ckpt_tools.families import layout_for
+from checkpoint_data import CONFIG, GPT_OSS_20B, make_sharded, make_source
 
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "vocab_size": 32768,
-    "tie_word_embeddings": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
 MESH = "dp_shard=2,ep=2"
-TRANSFORMERS = (
-    "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
-    "A.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained("
-    "sys.argv[2], max_shard_size='1GB', save_original_format=False)"
-)
+CKPT = [sys.executable, "-m", "ckpt_tools"]
+PEERS = Path(__file__).with_name("checkpoint_peers.py")
+LAUNCH = """
+import json, os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(pid, 0)
+with open(int(sys.argv[1]), "w") as out:
+    json.dump([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss * 1024], out)
+"""
+"""Starts a job from a bare Python: the peak of a process counts that of the one it was spawned from."""
 
 
 @dataclass
@@ -70,57 +53,12 @@ class Run:
 
 @dataclass
 class Job:
-    """A command that reads `source` and makes `{out}`."""
+    """A command that reads `source` and makes `{out}`; `cp` names the job that copies the same bytes."""
 
     name: str
     source: Path
     command: list[str]
-
-
-def make_source(root: Path, layers: int, shape: Mapping[str, object] = CONFIG, label: str = "hf") -> Path:
-    """The repository, made once; its values are random finite BF16 numbers."""
-    config = {**shape, "num_hidden_layers": layers}
-    source = root / f"{label}-{layers}"
-    if source.exists():
-        return source
-    layout = layout_for(config)
-    assert layout is not None
-    making = root / "making"
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name in sorted(layout.leaves):
-        if sum(2 * math.prod(shape) for shape in shards[-1].values()) > 10**9:
-            shards.append({})
-        shards[-1][name] = layout.leaves[name].shape
-    weight_map = {}
-    for number, tensors in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_packed(making / file, tensors)
-        weight_map.update(dict.fromkeys(tensors, file))
-    (making / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (making / "config.json").write_text(json.dumps(config))
-    making.rename(source)
-    return source
-
-
-def write_packed(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file as published ones are: BF16 tensors one after the other behind an unaligned header."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    # Clearing the high exponent bit of each little-endian BF16 keeps every value finite and below 2.
-    mask = int.from_bytes(b"\xff\xbf" * (1 << 19), "little")
-    block = (int.from_bytes(random.Random(0).randbytes(1 << 20), "little") & mask).to_bytes(1 << 20, "little")
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for at in range(0, end, 1 << 20):
-            turn = at >> 19 & 0xFFFFE
-            out.write((block[turn:] + block[:turn])[: end - at])
+    cp: str = "cp"
 
 
 def sync_tree(path: Path) -> None:
@@ -153,62 +91,77 @@ def measure(job: Job, out: Path, prepare: Callable[[Path], None]) -> Run:
     prepare(job.source)
     command = [part.replace("{out}", str(out)) for part in job.command]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    error = process.stderr.read().decode() if process.stderr else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{job.name} failed with {process.returncode}:\n{error}")
+    cpu_seconds, peak = launch(job.name, command)
     sync_tree(out)
-    seconds = time.perf_counter() - started
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(time.perf_counter() - started, cpu_seconds, peak)
+
+
+def launch(name: str, command: list[str]) -> tuple[float, int]:
+    """(CPU seconds, peak resident bytes) of a command."""
+    read, write = os.pipe()
+    with tempfile.TemporaryFile() as errors:
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, str(write), *command]
+        process = subprocess.Popen(launcher, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(write,))
+        os.close(write)
+        with open(read) as found:
+            text = found.read()
+        process.wait()
+        code, cpu_seconds, peak = json.loads(text or "[1, 0, 0]")
+        if code:
+            errors.seek(0)
+            raise SystemExit(f"{name} failed with {code}:\n{errors.read().decode()}")
+    return cpu_seconds, peak
 
 
 def bare_interpreter() -> int:
     """Peak resident bytes of a Python that does nothing."""
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    _, _, usage = os.wait4(process.pid, 0)
-    process.returncode = 0
-    return usage.ru_maxrss * 1024
+    return launch("python", [sys.executable, "-c", "pass"])[1]
 
 
-def jobs(source: Path, data: Path, peers: bool) -> list[Job]:
+def native(source: Path, label: str, *options: str) -> Path:
+    """A native checkpoint of a repository, made once."""
+    path = source.with_name(f"{source.name}-{label}")
+    if not path.exists():
+        subprocess.run([*CKPT, "convert", str(source), str(path), "--quiet", *options], check=True)
+    return path
+
+
+def jobs(data: Path, layers: int) -> list[Job]:
     """The jobs in the order of a round; their inputs are made where needed."""
-    ckpt = [sys.executable, "-m", "ckpt_tools"]
-    natives = {"whole": data / f"{source.name}-native", "sharded": data / f"{source.name}-native-sharded"}
-    for kind, path in natives.items():
-        if not path.exists():
-            mesh = ["--mesh", MESH] if kind == "sharded" else []
-            subprocess.run([*ckpt, "convert", str(source), str(path), "--quiet", *mesh], check=True)
-    rows = data / f"{source.name}-safetensors-sharded"
-    if not rows.exists():
-        options = ["--format", "safetensors", "--mesh", MESH, "--quiet"]
-        subprocess.run([*ckpt, "convert", str(source), str(rows), *options], check=True)
-    copy = ["cp", "-r", "--reflink=never"]
-    found = [
-        Job("cp", source, [*copy, str(source), "{out}"]),
-        Job("convert", source, [*ckpt, "convert", str(source), "{out}", "--quiet"]),
-        Job(f"convert --mesh {MESH}", source, [*ckpt, "convert", str(source), "{out}", "--quiet", "--mesh", MESH]),
-        Job(
-            "consolidate .distcp",
-            natives["whole"],
-            [*ckpt, "consolidate", str(natives["whole"]), "{out}", "--quiet"],
-        ),
-        Job(
-            f"consolidate .distcp of {MESH}",
-            natives["sharded"],
-            [*ckpt, "consolidate", str(natives["sharded"]), "{out}", "--quiet"],
-        ),
-        Job(
-            f"consolidate safetensors of {MESH}",
-            rows,
-            [*ckpt, "consolidate", str(rows), "{out}", "--quiet"],
-        ),
-        Job("verify (digests)", natives["whole"], [*ckpt, "verify", str(natives["whole"]), "--quiet"]),
+    source, wide = make_source(data, layers), make_source(data, 1, GPT_OSS_20B, "gpt-oss")
+    whole, sharded = native(source, "native"), native(source, "native-sharded", "--mesh", MESH)
+    rows, columns, transposed = make_sharded(source, 0), make_sharded(source, 1), native(wide, "native")
+
+    def ckpt(name: str, verb: str, path: Path, *options: str, cp: str = "cp") -> Job:
+        return Job(name, path, [*CKPT, verb, str(path), "{out}", "--quiet", *options], cp)
+
+    def copy(name: str, path: Path) -> Job:
+        return Job(name, path, ["cp", "-r", "--reflink=never", str(path), "{out}"], name)
+
+    def peer(name: str, tool: str, path: Path) -> Job:
+        return Job(name, path, [sys.executable, str(PEERS), tool, str(path), "{out}"])
+
+    safetensors = ("--format", "safetensors", "--mesh", MESH)
+    return [
+        copy("cp", source),
+        ckpt("convert", "convert", source),
+        ckpt(f"convert --mesh {MESH}", "convert", source, "--mesh", MESH),
+        ckpt(f"convert --format safetensors --mesh {MESH}", "convert", source, *safetensors),
+        ckpt("consolidate .distcp", "consolidate", whole),
+        ckpt(f"consolidate .distcp of {MESH}", "consolidate", sharded),
+        ckpt("consolidate safetensors by rows", "consolidate", rows),
+        ckpt("consolidate safetensors by columns", "consolidate", columns),
+        Job("verify (digests)", whole, [*CKPT, "verify", str(whole), "--quiet"]),
+        copy("cp, GPT-OSS", wide),
+        ckpt("convert GPT-OSS (transposes)", "convert", wide, cp="cp, GPT-OSS"),
+        ckpt("consolidate GPT-OSS (transposes)", "consolidate", transposed, cp="cp, GPT-OSS"),
+        peer("peer: transformers, convert", "transformers", source),
+        peer("peer: safe_open, stack, save_file, convert", "stream", source),
+        peer("peer: torch consolidation, rows", "torch_consolidate", rows),
+        peer("peer: torch consolidation, columns", "torch_consolidate", columns),
+        peer("peer: dcp_to_torch_save", "dcp_to_torch_save", sharded),
+        peer("peer: accelerate merge-weights", "accelerate", sharded),
     ]
-    if peers and importlib.util.find_spec("transformers"):
-        found.append(Job("transformers", source, [sys.executable, "-c", TRANSFORMERS, str(source), "{out}"]))
-    return found
 
 
 def main() -> None:
@@ -219,35 +172,38 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="fewer layers make a smaller checkpoint")
     parser.add_argument("--data", type=Path, default=Path("bench-data"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
+    parser.add_argument("--jobs", type=re.compile, default=re.compile(""), help="names of jobs to run, as a regex")
     arguments = parser.parse_args()
     data: Path = arguments.data.absolute()
     data.mkdir(parents=True, exist_ok=True)
-    source = make_source(data, arguments.layers)
     prepare = (lambda _: empty_cache()) if arguments.mode == "cold" else fill_cache
     out = data / "out"
-    todo = jobs(source, data, not arguments.no_peers)
+    todo = [job for job in jobs(data, arguments.layers) if job.name.startswith("cp") or arguments.jobs.search(job.name)]
     runs: dict[str, list[Run]] = {job.name: [] for job in todo}
     for number in range(arguments.rounds):
         for job in todo:
             run = measure(job, out, prepare)
             runs[job.name].append(run)
-            print(f"round {number + 1} {job.name:42} {run.seconds:6.2f} s", file=sys.stderr, flush=True)
+            print(f"round {number + 1} {job.name:50} {run.seconds:6.2f} s", file=sys.stderr, flush=True)
     shutil.rmtree(out, ignore_errors=True)
-    report(runs, source, arguments)
+    report(runs, {job.name: job for job in todo}, arguments)
 
 
-def report(runs: dict[str, list[Run]], source: Path, arguments: argparse.Namespace) -> None:
+def nbytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+
+
+def report(runs: dict[str, list[Run]], jobs: dict[str, Job], arguments: argparse.Namespace) -> None:
     """Prints medians and ratios, and writes every run to the JSON file."""
-    nbytes = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     bare = bare_interpreter()
-    print(f"{nbytes / 1e9:.2f} GB, {arguments.mode}, {arguments.rounds} rounds, {os.cpu_count()} cores")
-    print(f"{'job':42} {'s':>6} {'x cp':>6} {'CPU s':>6} {'peak MB over Python':>20}")
+    print(f"{arguments.mode}, {arguments.rounds} rounds, {os.cpu_count()} cores")
+    print(f"{'job':50} {'s':>6} {'x cp':>6} {'CPU s':>6} {'peak MB over Python':>20}")
     rows = []
     for name, measured in runs.items():
-        ratios = [cp.seconds / run.seconds for cp, run in zip(runs["cp"], measured, strict=True)]
+        ratios = [cp.seconds / run.seconds for cp, run in zip(runs[jobs[name].cp], measured, strict=True)]
         row = {
             "job": name,
+            "bytes": nbytes(jobs[jobs[name].cp].source),
             "seconds": statistics.median(r.seconds for r in measured),
             "ratio_to_cp": statistics.median(ratios),
             "cpu_seconds": statistics.median(r.cpu_seconds for r in measured),
@@ -256,13 +212,12 @@ def report(runs: dict[str, list[Run]], source: Path, arguments: argparse.Namespa
         }
         rows.append(row)
         print(
-            f"{name:42} {row['seconds']:6.2f} {row['ratio_to_cp']:6.2f} {row['cpu_seconds']:6.2f} "
+            f"{name:50} {row['seconds']:6.2f} {row['ratio_to_cp']:6.2f} {row['cpu_seconds']:6.2f} "
             f"{row['peak_mb_over_python']:20.0f}"
         )
     if arguments.json:
         machine = {"cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
         configuration = {
-            "bytes": nbytes,
             "mode": arguments.mode,
             "rounds": arguments.rounds,
             "config": {**CONFIG, "num_hidden_layers": arguments.layers},

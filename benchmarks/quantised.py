@@ -23,16 +23,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoints import CONFIG, Job, Run, bare_interpreter, empty_cache, fill_cache, make_source, measure
+from checkpoint_data import CONFIG, GPT_OSS, make_source
+from checkpoints import Job, Run, bare_interpreter, empty_cache, fill_cache, measure
 
-GPT_OSS = {
-    **{k: v for k, v in CONFIG.items() if k not in ("num_experts", "moe_intermediate_size", "mlp_only_layers")},
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "intermediate_size": 1024,
-    "num_local_experts": 32,
-    "attention_bias": True,
-}
 SHAPES = {"qwen3_moe": (CONFIG, 4, ("fp8", "fp8-channel")), "gpt_oss": (GPT_OSS, 6, ("mxfp4",))}
 CKPT = [sys.executable, "-m", "ckpt_tools"]
 

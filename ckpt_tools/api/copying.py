@@ -324,6 +324,7 @@ def _report(
         len(rounded),
         dropped,
         len(source.store.skipped),
+        source.manifest.foreign_digests if source.manifest else "",
         threads * per_thread,
         threads,
         time.perf_counter() - started,

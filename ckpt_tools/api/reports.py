@@ -29,6 +29,8 @@ class CopyReport:
             run, which reads none.
         dropped: names that were left out on purpose, with the reason.
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
+        unchecked: why the source's digests were not compared on the way, in words; empty where they were, or where it
+            has none.
         memory: upper bound of the buffers in bytes.
         threads: worker threads.
         seconds: wall time, planning included.
@@ -50,6 +52,7 @@ class CopyReport:
     rounded: int
     dropped: dict[str, str]
     skipped: int
+    unchecked: str
     memory: int
     threads: int
     seconds: float

@@ -39,6 +39,8 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
             yield "left out", f"{len(names) - 1:,} more of the kind"
     if report.skipped:
         yield "skipped", f"{counted(report.skipped, 'entry', 'entries')} that are not weights of the model"
+    if report.unchecked:
+        yield "unchecked", f"the values that are read: {report.unchecked}"
     if planned:
         yield "memory", f"at most {format_size(report.memory)} in {counted(report.threads, 'thread')}"
     else:

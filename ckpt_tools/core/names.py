@@ -34,7 +34,9 @@ def fields(template: str) -> tuple[str, ...]:
 
 def fill(template: str, **indices: int) -> str:
     """The template with the axes that are given replaced by their index; other axes stay."""
-    return _FIELD.sub(lambda m: str(indices[m[1]]) if m[1] in indices else m[0], template)
+    for axis, index in indices.items():
+        template = template.replace(f"{{{axis}}}", str(index))
+    return template
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
 from ckpt_tools.core.paths import is_there
@@ -67,15 +68,19 @@ class Checkpoint:
 
     @property
     def digests(self) -> Mapping[str, str] | None:
-        """Digests of the leaves that the manifest records, None where it has none for leaves of this form."""
+        """Digests of the leaves that the manifest records; None where it has none for leaves of this form, or has them
+        by another algorithm (`Manifest.foreign_digests`)."""
         manifest = self.manifest
-        return manifest.tensors if manifest is not None and manifest.form == self.layout.leaf_form else None
+        if manifest is None or manifest.foreign_digests or manifest.form != self.layout.leaf_form:
+            return None
+        return manifest.tensors
 
     @property
     def is_encoded(self) -> bool:
         """Whether leaves are stored in a quantised form."""
         return self.side == "hf" and any(leaf.encoding for leaf in self.layout.leaves.values())
 
+    @no_collection()
     def ends(self) -> dict[str, End]:
         """Where every leaf lies, each proven to be there exactly once.
 
@@ -106,14 +111,12 @@ class Checkpoint:
                 if leaf.name not in self.shared
             }
         else:
-            found = {
-                piece.leaf: tensor.dtype
-                for name, tensor in tensors.items()
-                for piece in self.layout.native[name].view.pieces
-            }
+            native = self.layout.native
+            found = {leaf: tensor.dtype for name, tensor in tensors.items() for leaf in native[name].leaves}
         return found | {name: found[other] for name, other in self.shared.items()}
 
 
+@no_collection()
 def open_checkpoint(
     path: Path,
     *,
@@ -235,22 +238,24 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
-    layout = checkpoint.layout
-    wrong = []
+    layout, tensors = checkpoint.layout, checkpoint.store.tensors
     shapes = layout.shapes(checkpoint.side)
-    encoded = [leaf for leaf in layout.leaves.values() if leaf.encoding] if checkpoint.side == "hf" else []
-    parts = {p.name: (p, leaf) for leaf in encoded if leaf.encoding for p in leaf.encoding.parts(leaf.name, leaf.shape)}
-    for name, tensor in checkpoint.store.tensors.items():
-        if tensor.shape != shapes[name] and not (name in parts and _squeezed(tensor.shape) == _squeezed(shapes[name])):
-            wrong.append(f"{name} is {list(tensor.shape)}, the config says {list(shapes[name])}")
-    for name in layout.leaves.keys() & checkpoint.store.tensors.keys() if not layout.is_identity else ():
-        dtype = checkpoint.store.tensors[name].dtype
-        if name not in parts and not dtype.name.startswith(("F", "BF")):
+    differ = {name for name, tensor in tensors.items() if tensor.shape != shapes[name]}
+    wrong = []
+    encoded = set()
+    for leaf, parts in layout.parts.items() if checkpoint.side == "hf" else ():
+        for part in parts:
+            stored = tensors[part.name]
+            encoded.add(part.name)
+            if part.name in differ and _squeezed(stored.shape) == _squeezed(part.shape):
+                differ.discard(part.name)
+            if stored.dtype is not part.dtype and not (stored.dtype.is_float and part.dtype.is_float):
+                wrong.append(f"{part.name} is {stored.dtype}, the {layout.form} form of {leaf} has {part.dtype}")
+    wrong += [f"{n} is {list(tensors[n].shape)}, the config says {list(shapes[n])}" for n in tensors if n in differ]
+    for name in layout.leaves.keys() & tensors.keys() if not layout.is_identity else ():
+        dtype = tensors[name].dtype
+        if name not in encoded and not dtype.name.startswith(("F", "BF")):
             wrong.append(f"{name} is {dtype}, and weights are floating point")
-    for part, leaf in parts.values():
-        dtype = checkpoint.store.tensors[part.name].dtype
-        if dtype is not part.dtype and not (dtype.is_float and part.dtype.is_float):
-            wrong.append(f"{part.name} is {dtype}, the {layout.form} form of {leaf.name} has {part.dtype}")
     for name, tensor in checkpoint.duplicates.items():
         other = checkpoint.store.tensors[layout.native_tied[name]]
         if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):

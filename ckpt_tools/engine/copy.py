@@ -14,7 +14,7 @@ from pathlib import Path
 from ckpt_tools.core.errors import InputChangedError, MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checksums import ChecksumPass
-from ckpt_tools.engine.digest import SEGMENT
+from ckpt_tools.engine.digest import ALGORITHM
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import (
     WINDOW,
@@ -39,7 +39,7 @@ from ckpt_tools.layouts.codecs import SCRATCH
 from ckpt_tools.version import TOOL
 
 PER_THREAD = 4 * WINDOW
-"""Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided run."""
+"""Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided piece."""
 
 PER_ENCODED_ITEM = 16
 """Upper bound of the bytes that a thread holds for each item of a window that is quantised: values, codes, and the
@@ -85,9 +85,9 @@ class CopyOptions:
 
 def thread_bytes(plan: Plan) -> int:
     """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large, and
-    transposed leaves are held by segments, as they come and as they go."""
-    ends = (end for copy in plan.copies for end in (copy.source, copy.target) if end is not None)
-    plain = PER_THREAD + 3 * SEGMENT if any(end.is_transposed for end in ends) else PER_THREAD
+    so can windows of transposed ones."""
+    window = max((window_items(copy) * copy.source.itemsize for copy in plan.copies), default=0)
+    plain = PER_THREAD + max(0, window - WINDOW)
     encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
     items = max(encoded, default=0)
     return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
@@ -228,7 +228,8 @@ def write_side_files(
 def fingerprint(plan: Plan, destination: Path) -> str:
     """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
     source = plan.source
-    state = hashlib.sha256(repr((TOOL, SEGMENT, str(source.root.resolve()), os.path.abspath(destination))).encode())
+    # The algorithm says how leaves are cut, so which segments the numbers of a journal mean.
+    state = hashlib.sha256(repr((TOOL, ALGORITHM, str(source.root.resolve()), os.path.abspath(destination))).encode())
     # Where a tensor's elements go follows from the layout, and that from the config: a plan that differs only there
     # has the same files.
     layout = source.layout

@@ -100,16 +100,15 @@ def explain(layout: Layout, name: str) -> list[Explanation]:
     found = []
     if name in layout.native:
         tensor = layout.native[name]
-        leaves = dict.fromkeys(piece.leaf for piece in tensor.view.pieces)
         rule = tensor.rule.value.describe() if tensor.rule else "as it is"
-        counterparts = tuple((leaf, layout.leaves[leaf].shape) for leaf in leaves)
+        counterparts = tuple((leaf, layout.leaves[leaf].shape) for leaf in tensor.leaves)
         found.append(Explanation(name, layout.dialect, tensor.shape, rule, counterparts))
     if name in layout.lent:
         lender = layout.lent[name]
         rule = f"not stored: the values of {lender}"
         found.append(Explanation(name, "hf", layout.leaves[name].shape, rule, ((lender, layout.leaves[lender].shape),)))
     elif name in layout.leaves:
-        users = [t for t in layout.native.values() if any(p.leaf == name for p in t.view.pieces)]
+        users = [t for t in layout.native.values() if name in t.leaves]
         if [t.name for t in users] != [name]:
             rule = "; ".join(f"{t.name}: {t.rule.value.describe()}" if t.rule else "as it is" for t in users)
             counterparts = tuple((t.name, t.shape) for t in users)

@@ -16,11 +16,11 @@ from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.cast import cast
-from ckpt_tools.engine.extents import Extent, addressable, leaf_extents, native_extents
+from ckpt_tools.engine.extents import Extent, NativeExtents, addressable, leaf_extents
 from ckpt_tools.engine.prove import prove_leaf
 from ckpt_tools.engine.transfer import Reader, Window, Writer, equal, gather, scatter
 from ckpt_tools.layouts.encodings import VALUES, Encoding, Part
-from ckpt_tools.layouts.layout import Layout, LeafTensor, Side
+from ckpt_tools.layouts.layout import Layout, Side
 
 F32 = DTYPES["F32"]
 
@@ -205,12 +205,12 @@ def plain(tensor: StoredTensor, extents: list[Extent]) -> Plain:
     return Plain(tuple(sorted(extents, key=lambda e: e.leaf_start)), tensor.dtype, itemsize)
 
 
-def repository_end(leaf: LeafTensor, tensors: Mapping[str, StoredTensor]) -> End:
+def repository_end(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> End:
     """Where a leaf lies in a store that has Hugging Face names."""
-    if leaf.encoding is None:
-        tensor = tensors[leaf.name]
+    leaf, parts = layout.leaves[name], layout.parts.get(name)
+    if leaf.encoding is None or parts is None:
+        tensor = tensors[name]
         return plain(tensor, leaf_extents(tensor))
-    parts = leaf.encoding.parts(leaf.name, leaf.shape)
     ends = tuple(plain(tensors[part.name], leaf_extents(tensors[part.name])) for part in parts)
     return Encoded(leaf.encoding, leaf.shape, parts, ends, VALUES, VALUES.itemsize)
 
@@ -226,18 +226,18 @@ def leaf_ends(store: Store, layout: Layout, side: Side, leaves: Collection[str] 
     """
     if side == "hf" or layout.is_identity:
         wanted = layout.leaves if leaves is None else leaves
-        return {name: repository_end(layout.leaves[name], store.tensors) for name in wanted}
+        return {name: repository_end(name, layout, store.tensors) for name in wanted}
     found: dict[str, list[Extent]] = {}
     owners: dict[str, StoredTensor] = {}
+    extents = NativeExtents()
     for name, tensor in store.tensors.items():
-        view = layout.native[name].view
-        names = {piece.leaf for piece in view.pieces}
-        if leaves is not None and names.isdisjoint(leaves):
+        native = layout.native[name]
+        if leaves is not None and not any(leaf in leaves for leaf in native.leaves):
             continue
-        for leaf in names:
+        for leaf in native.leaves:
             found.setdefault(leaf, [])
             owners[leaf] = tensor
-        for leaf, part in native_extents(tensor, view):
+        for leaf, part in extents.of(tensor, native):
             found[leaf].append(part)
     return {leaf: plain(owners[leaf], parts) for leaf, parts in found.items() if leaves is None or leaf in leaves}
 

@@ -12,13 +12,14 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Protocol, TypeVar
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
-from ckpt_tools.core.scratch import scratch
+from ckpt_tools.core.scratch import Room, mapped, scratch
 from ckpt_tools.engine.digest import SEGMENT, combine
 from ckpt_tools.engine.ends import Digest
 from ckpt_tools.engine.plan import LeafCopy
@@ -28,6 +29,10 @@ T = TypeVar("T")
 
 WINDOW = 1 << 20
 """Bytes that a thread holds at once: few calls for plain copies, long runs for strided ones, little memory."""
+
+WIDE = 8 << 20
+"""Bytes of a window of a transposed leaf, which makes its runs long; more, up to a segment, where one index of its
+first dimension has more: then it is one run."""
 
 
 class Progress(Protocol):
@@ -102,6 +107,15 @@ def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
 def default_threads() -> int:
     """Threads that pay on one disk: copying is bound by memory and the kernel, not by Python."""
     return max(2, min(8, os.cpu_count() or 2))
+
+
+_room = Room(max(SEGMENT, WIDE * default_threads()))
+
+
+def room_for(copy: LeafCopy) -> AbstractContextManager[None]:
+    """Waits for the memory of a window of the leaf, if it is one of the few that are large."""
+    nbytes = window_items(copy) * copy.source.itemsize
+    return _room.take(nbytes) if nbytes > WIDE else nullcontext()
 
 
 def execute(
@@ -219,6 +233,11 @@ def _wait_for(workers: Sequence[threading.Thread]) -> None:
 
 def run_task(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> Outcome:
     """Copies one segment."""
+    with room_for(task.copy):
+        return _copy_segment(task, reader, writer, progress)
+
+
+def _copy_segment(task: Task, reader: Reader, writer: Writer, progress: Progress | None) -> Outcome:
     copy, digest, exact = task.copy, Digest(), True
     if copy.target is None:
         raise ValueError(f"{copy.name} has no target")
@@ -234,7 +253,8 @@ def windows(task: Task, reader: Reader) -> Iterator[Window]:
     """The values of a segment, window by window, in order. Each is valid until the next is asked for."""
     copy, itemsize = task.copy, task.copy.source.itemsize
     step = window_items(copy)
-    buffer = scratch("window", min(step, task.high - task.low) * itemsize)
+    nbytes = min(step, task.high - task.low) * itemsize
+    buffer = scratch("window", nbytes) if nbytes <= WIDE else mapped(nbytes)
     for low in range(task.low, task.high, step):
         high = min(low + step, task.high)
         window = Window(buffer[: (high - low) * itemsize], low, high, itemsize)
@@ -243,15 +263,15 @@ def windows(task: Task, reader: Reader) -> Iterator[Window]:
 
 
 def window_items(copy: LeafCopy) -> int:
-    """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit.
-
-    A transposed leaf has a window of a whole segment, which makes its runs in the file long.
-    """
+    """Items of a window: whole blocks of encoded ends, and whole rows of strided extents where those fit."""
     ends = [end for end in (copy.source, copy.target) if end is not None]
-    room = SEGMENT if any(end.is_transposed for end in ends) else WINDOW
-    items = room // max(end.itemsize for end in ends)
+    transposed = any(end.is_transposed for end in ends)
+    itemsize = max(end.itemsize for end in ends)
+    items = (WIDE if transposed else WINDOW) // itemsize
     block = math.lcm(copy.source.read_step, copy.target.write_step if copy.target else 1)
     if block > 1:
         return max(1, items // block) * block
     row = max(end.rows() for end in ends)
-    return items - items % row if row <= items else items
+    if row <= items:
+        return items - items % row
+    return min(row, SEGMENT // itemsize) if transposed else items

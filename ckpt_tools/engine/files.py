@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -23,8 +25,20 @@ READ_AHEAD = 8 << 20
 
 Identity = tuple[int, int, int]
 """Size, modification time in nanoseconds and inode: what differs when a file was changed or replaced."""
+WRITE_BEHIND = sys.platform == "linux"
+"""The one switch of writing behind (`RWF_DONTCACHE`); where kernel or file system lack it, plain writes take over."""
+
+BEHIND = 256 << 10
+"""Bytes from which a write goes to the disk at once: the work of the disk is then spread over the copy, and the memory
+that it held is taken again for what follows (measured, docs/performance.md)."""
+
+PAGE = 4096
 
 _ADVISE = getattr(os, "posix_fadvise", None)
+_DONTCACHE = 0x80
+"""`RWF_DONTCACHE` of Linux 6.14, which Python 3.11 does not name."""
+
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _HINTS = {
     errno.ENOSPC: "free disk space and run the same command again: it resumes",
@@ -49,11 +63,16 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        hint = _LOST if action == "sync" else _HINTS.get(error.errno or 0)
-        named = str(error.filename)
-        where = named if named.startswith(f"{path}{os.sep}") else path
-        raise StorageError(f"cannot {action} {where}: {reason}", hint=hint) from error
+        raise storage_error(action, path, error) from error
+
+
+def storage_error(action: str, path: Path, error: OSError) -> StorageError:
+    """What `storage_errors` raises, for code that is called too often to enter a context."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    hint = _LOST if action == "sync" else _HINTS.get(error.errno or 0)
+    named = str(error.filename)
+    where = named if named.startswith(f"{path}{os.sep}") else path
+    return StorageError(f"cannot {action} {where}: {reason}", hint=hint)
 
 
 @contextmanager
@@ -143,18 +162,19 @@ class FileReader:
 
     def read(self, file: str, position: int, into: memoryview) -> None:
         """Fills `into` from byte `position` of `file` on."""
-        fd = self._descriptor(file)
-        path = self._root / file
-        with storage_errors("read", path):
-            done = 0
+        fd, done = self._descriptor(file), 0
+        try:
             while done < len(into):
                 count = os.preadv(fd, [into[done:]], position + done)
                 if count == 0:
                     raise InputChangedError(
-                        f"{path} ends at byte {position + done:,}, {len(into) - done:,} bytes before a tensor does",
+                        f"{self._root / file} ends at byte {position + done:,}, {len(into) - done:,} bytes before a "
+                        "tensor does",
                         hint="the file was truncated after its header was read; fetch it again",
                     )
                 done += count
+        except OSError as error:
+            raise storage_error("read", self._root / file, error) from error
         self._read_ahead(file, fd, position + done)
 
     def size(self, file: str) -> int:
@@ -245,6 +265,7 @@ class FileWriter:
         self._root = root
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._behind = WRITE_BEHIND
 
     def create(self, file: str, size: int) -> None:
         """Makes `file` with `size` bytes of space, or opens the one of that size that an interrupted run left."""
@@ -255,12 +276,34 @@ class FileWriter:
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, size)
+                _allocate(fd, size)
 
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes all of `data` at byte `position` of `file`."""
-        fd = self._descriptor(file)
-        with storage_errors("write", self._root / file):
-            pwrite_all(fd, data, position)
+        fd, done = self._descriptor(file), 0
+        try:
+            while done < len(data):
+                count = self._write_some(fd, data[done:], position + done)
+                if count == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                done += count
+        except OSError as error:
+            raise storage_error("write", self._root / file, error) from error
+
+    def _write_some(self, fd: int, data: memoryview, position: int) -> int:
+        """Bytes written by one call. Whole pages of a large range start their way to the disk and are not kept."""
+        if self._behind and len(data) >= BEHIND:
+            if head := -position % PAGE:
+                return os.pwrite(fd, data[:head], position)
+            try:
+                return os.pwritev(fd, [data[: len(data) // PAGE * PAGE]], position, _DONTCACHE)
+            except NotImplementedError:  # a C library without pwritev2
+                self._behind = False
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self._behind = False
+        return os.pwrite(fd, data, position)
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
@@ -287,6 +330,19 @@ class FileWriter:
                     found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Takes the disk space of a file at once, where the file system can: in one piece, or not at all.
+
+    A file that got none (or less, when a signal came between) takes its space as it is written.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    # `os.posix_fallocate` would write every block of a file system that cannot.
+    if fallocate is not None and size and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code not in (*_UNSUPPORTED, errno.EINTR):
+            raise OSError(code, os.strerror(code))
 
 
 class MemoryFiles:

@@ -43,6 +43,13 @@ class Manifest:
     side_files: dict[str, str] = field(default_factory=dict)
     blobs: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
 
+    @property
+    def foreign_digests(self) -> str:
+        """Why its digests of tensors cannot be compared, in words; empty where they can, or where there are none."""
+        if self.tensors is None or self.digest == ALGORITHM:
+            return ""
+        return f"the manifest, by {self.tool}, records digests by {self.digest!r}; this version makes {ALGORITHM!r}"
+
     def to_json(self) -> bytes:
         """The manifest as UTF-8 JSON; the same manifest gives the same bytes."""
         body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if v not in (None, {}, "")}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_f
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Plain, decoded_as, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads
-from ckpt_tools.engine.extents import Extent, leaf_extents, native_extents
+from ckpt_tools.engine.extents import Extent, NativeExtents, leaf_extents
 from ckpt_tools.engine.files import FileReader, FileWriter, MemoryFiles
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import LeafCopy
@@ -32,6 +33,9 @@ from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats import hf
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
+
+GAP = 64 << 10
+"""Bytes between two wanted runs of a file that are read along: as long as what a read of their own would cost."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,14 @@ def load_boxes(
     target = _memory_store(layout, boxes)
     names = {box.name for box in boxes}
     shared = checkpoint.shared
-    leaves = {shared.get(p.leaf, p.leaf) for name in names for p in layout.native[name].view.pieces}
+    leaves = {shared.get(leaf, leaf) for name in names for leaf in layout.native[name].leaves}
     incoming = leaf_ends(checkpoint.store, checkpoint.layout, checkpoint.side, leaves)
     copies = (
-        (LeafCopy(leaf, 0, decoded_as(incoming[shared.get(leaf, leaf)], end.dtype), end), end)
+        (LeafCopy(leaf, (), decoded_as(incoming[shared.get(leaf, leaf)], end.dtype), end), end)
         for leaf, end in _box_ends(layout, target)
     )
     with FileReader(checkpoint.root, checkpoint.inputs) as reader:
-        _run_parts(copies, reader, _files(boxes), threads)
+        _run_parts(copies, reader, _files(boxes), threads, GAP)
 
 
 class RepositoryExport:
@@ -149,7 +153,7 @@ class RepositoryExport:
         self._config = config
         self._side_files_from = side_files_from
         self._source = dict(source or {})
-        self._leaf_dtypes = {p.leaf: dtypes[name] for name, t in layout.native.items() for p in t.view.pieces}
+        self._leaf_dtypes = {leaf: dtypes[name] for name, t in layout.native.items() for leaf in t.leaves}
         self._target: TargetFiles = hf.plan_repository(
             repository_tensors(layout, self._leaf_dtypes), max_shard_size=max_shard_size
         )
@@ -172,7 +176,7 @@ class RepositoryExport:
     def write(self, boxes: Sequence[Box], *, threads: int | None = None) -> None:
         """Writes the elements of these boxes into the files and syncs them."""
         source = _memory_store(self._layout, boxes)
-        copies = ((LeafCopy(leaf, 0, end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
+        copies = ((LeafCopy(leaf, (), end, self._ends[leaf]), end) for leaf, end in _box_ends(self._layout, source))
         with FileWriter(self._staging.path) as writer:
             _run_parts(copies, _files(boxes), writer, threads)
             writer.sync()
@@ -211,12 +215,13 @@ def _memory_store(layout: Layout, boxes: Sequence[Box]) -> Store:
 
 def _box_ends(layout: Layout, store: Store) -> Iterator[tuple[str, Plain]]:
     """(leaf, end) of the extents of the boxes: all of a leaf's together where they leave no gap, else one by one."""
+    extents = NativeExtents()
     for name, tensor in store.tensors.items():
         found: dict[str, list[Extent]] = {}
         if layout.is_identity:
             found[name] = leaf_extents(tensor)
         else:
-            for leaf, part in native_extents(tensor, layout.native[name].view):
+            for leaf, part in extents.of(tensor, layout.native[name]):
                 found.setdefault(leaf, []).append(part)
         for leaf, parts in found.items():
             if sum(part.numel for part in parts) == _reach(parts):
@@ -235,30 +240,39 @@ def _files(boxes: Sequence[Box]) -> MemoryFiles:
     return MemoryFiles((str(i), box.data) for i, box in enumerate(boxes))
 
 
-def _run_parts(copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None) -> None:
-    """Runs copies that concern only the elements of their extents: a copy becomes tasks dense in the leaf."""
-    tasks = (Task(0, copy, low, high) for copy, end in copies for low, high in _ranges(end))
+def _run_parts(
+    copies: Iterable[tuple[LeafCopy, Plain]], reader: Reader, writer: Writer, threads: int | None, gap: int = 0
+) -> None:
+    """Runs copies that concern only the elements of their extents.
+
+    A copy becomes tasks for ranges of the leaf, which hold those elements and runs of up to `gap` bytes of others; of a
+    quantised source no others, which would have to be decoded too.
+    """
+    tasks = (
+        Task(0, copy, low, high)
+        for copy, end in copies
+        for low, high in _ranges(end, gap if isinstance(copy.source, Plain) else 0)
+    )
     run_threads(tasks, lambda task: run_task(task, reader, writer, None), threads)
 
 
-def _ranges(end: Plain) -> Iterator[tuple[int, int]]:
-    """Leaf ranges that hold the elements of an end and no others, cut so that threads share large ones."""
+def _ranges(end: Plain, gap: int) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the elements of an end, cut so that threads share large ones."""
     step = max(1, SEGMENT // end.itemsize)
     start = end.extents[0].leaf_start if end.extents else 0
     reach = _reach(end.extents)
     whole = [(start, start + reach)] if sum(part.numel for part in end.extents) == reach else None
-    for low, high in whole or dense_ranges(end.extents[0], end.itemsize):
+    for low, high in whole or leaf_ranges(end.extents[0], gap // end.itemsize):
         yield from ((first, min(first + step, high)) for first in range(low, high, step))
 
 
-def dense_ranges(part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Leaf ranges that hold the extent's elements and no others."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(part.sizes, part.leaf_strides, strict=True))
-    if reach == part.numel:
-        yield part.leaf_start, part.leaf_start + reach
-        return
-    outer = part.leaf_strides[0]
-    for step in range(part.sizes[0]):
-        low = part.leaf_start + step * outer
-        for inner in part.within(low, low + reach - (part.sizes[0] - 1) * outer, itemsize):
-            yield from dense_ranges(inner, itemsize)
+def leaf_ranges(part: Extent, gap: int = 0) -> Iterator[tuple[int, int]]:
+    """Leaf ranges that hold the extent's elements, and others only where up to `gap` of them lie between two runs."""
+    inner, reach = len(part.sizes), 1
+    while inner and part.leaf_strides[inner - 1] - reach <= gap:
+        inner -= 1
+        reach += (part.sizes[inner] - 1) * part.leaf_strides[inner]
+    steps = (range(0, n * stride, stride) for n, stride in zip(part.sizes[:inner], part.leaf_strides, strict=False))
+    for offsets in product(*steps):
+        low = part.leaf_start + sum(offsets)
+        yield low, low + reach

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.digest import SEGMENT
+from ckpt_tools.engine.digest import SEGMENT, segments
 from ckpt_tools.engine.ends import Encoded, End, Plain, decoded_as, leaf_ends, plains, prove_end
-from ckpt_tools.engine.extents import addressable
+from ckpt_tools.engine.extents import items_of
 from ckpt_tools.engine.prove import prove_chunks, prove_files
 from ckpt_tools.layouts.layout import Layout, Side
 
@@ -26,15 +27,19 @@ class LeafCopy:
 
     Attributes:
         name: its Hugging Face name.
-        items: number of items (elements, or bytes for types narrower than a byte).
+        shape: its shape in items (elements, or bytes in one row for types narrower than a byte).
         source: where it is read.
         target: where it is written; None for a leaf that is only read.
     """
 
     name: str
-    items: int
+    shape: tuple[int, ...]
     source: End
     target: End | None = None
+
+    @property
+    def items(self) -> int:
+        return prod(self.shape)
 
     @property
     def changes_values(self) -> bool:
@@ -54,7 +59,11 @@ class LeafCopy:
     def segments(self) -> Iterator[tuple[int, int]]:
         """(first, last + 1) items of each segment; an empty leaf has one empty segment."""
         end = self.target or self.source
-        step = max(1, SEGMENT // end.itemsize // end.write_step) * end.write_step
+        most = SEGMENT // end.itemsize
+        if isinstance(end, Plain):
+            yield from segments(self.shape, most)
+            return
+        step = max(1, most // end.write_step) * end.write_step
         yield from ((low, min(low + step, self.items)) for low in range(0, max(self.items, 1), step))
 
 
@@ -96,14 +105,14 @@ def native_dtypes(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str,
     """
     dtypes: dict[str, DType] = {}
     for name, tensor in layout.native.items():
-        kinds = {leaf_dtypes[piece.leaf].name: piece.leaf for piece in tensor.view.pieces}
+        kinds = {leaf_dtypes[leaf].name: leaf for leaf in tensor.leaves}
         if len(kinds) > 1:
             raise LayoutError(
                 f"{name} cannot be made of pieces of different dtypes: "
                 + ", ".join(f"{leaf} is {kind}" for kind, leaf in kinds.items()),
                 hint="give --dtype to cast them to one",
             )
-        dtypes[name] = leaf_dtypes[tensor.view.pieces[0].leaf]
+        dtypes[name] = leaf_dtypes[tensor.leaves[0]]
     return dtypes
 
 
@@ -128,9 +137,9 @@ def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, layout: Layou
         )
     copies = []
     for name, end in incoming.items():
-        _, items = addressable(end.dtype, source.layout.leaves[name].numel)
-        prove_end(name, outgoing[name], items, "the target")
-        copies.append(LeafCopy(name, items, decoded_as(end, outgoing[name].dtype), outgoing[name]))
+        shape = items_of(end.dtype, source.layout.leaves[name].shape)
+        prove_end(name, outgoing[name], prod(shape), "the target")
+        copies.append(LeafCopy(name, shape, decoded_as(end, outgoing[name].dtype), outgoing[name]))
     stored = (plain for end in outgoing.values() for plain in plains(end))
     prove_chunks(target.store, ((extent, plain.itemsize) for plain in stored for extent in plain.extents))
     prove_files(target.store, target.framing)

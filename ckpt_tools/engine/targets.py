@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Literal
 
+from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ Placement = tuple[tuple[int, ...], tuple[int, ...], str]
 Tensors = dict[str, tuple[DType, tuple[int, ...], list[Placement]]]
 
 
+@no_collection()
 def plan_native(
     source: Checkpoint,
     *,
@@ -47,6 +49,7 @@ def plan_native(
     return plan_copy(source, target, "native", layout)
 
 
+@no_collection()
 def plan_huggingface(
     source: Checkpoint, *, dtype: DType | None, max_shard_size: int, layout: Layout | None = None
 ) -> Plan:
@@ -92,6 +95,10 @@ def _whole(
 
 
 def _sharded(layout: Layout, mesh: ShardingMesh) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+    known: dict[tuple[tuple[int, ...], bool], list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
     for name, tensor in layout.native.items():
-        for rank, offsets, sizes in boxes(tensor.shape, mesh, stacked=name in layout.stacked):
-            yield name, offsets, sizes, rank
+        stacked = name in layout.stacked
+        parts = known.get((tensor.shape, stacked))
+        if parts is None:
+            parts = known[tensor.shape, stacked] = list(boxes(tensor.shape, mesh, stacked=stacked))
+        yield from ((name, offsets, sizes, rank) for rank, offsets, sizes in parts)

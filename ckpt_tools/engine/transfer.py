@@ -6,7 +6,7 @@ array in file order, which is read or written region by region.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -16,10 +16,12 @@ from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.extents import Extent
 
 WASTE = 4
-"""A small strided region is read whole when that costs at most this many times the bytes that are wanted."""
-SMALL = 1 << 20
-"""Bytes up to which a region is small; memory is bounded by this and `WASTE`, and by the window."""
-_ROWS = 128
+"""A strided region is read whole when that costs at most this many times the bytes that are wanted."""
+PIECE = 1 << 20
+"""Bytes of a strided extent that are moved at once; memory is bounded by this and `WASTE`, and by the window."""
+_TILE = (256, 512)
+"""Rows, and bytes of a row, of the tiles that are transposed: they stay in the second level cache."""
+_LINE = 64
 
 
 class Reader(Protocol):
@@ -90,28 +92,30 @@ def _overlap(extents: Iterable[Extent], window: Window) -> Iterator[Extent]:
         yield from whole.within(window.low, window.high, window.itemsize)
 
 
-def _gather_strided(part: Extent, window: Window, reader: Reader) -> None:
-    regions = _Regions.of(part, WASTE if part.numel * window.itemsize <= SMALL else 1)
-    if regions.are_runs:
-        for position, start in regions.places(part, window.itemsize):
-            reader.read(part.file, position, window.run(start, regions.reach))
-        return
-    data = scratch("strided", regions.items * window.itemsize)
-    for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
-        reader.read(part.file, position, regions.run(data, number, window.itemsize))
-    _transpose(regions.view(data, part, window.itemsize), _leaf_view(part, window))
+def _gather_strided(whole: Extent, window: Window, reader: Reader) -> None:
+    for part in whole.pieces(PIECE // window.itemsize, window.itemsize):
+        regions = _Regions.of(part, WASTE)
+        if regions.are_runs:
+            for position, start in regions.places(part, window.itemsize):
+                reader.read(part.file, position, window.run(start, regions.reach))
+            continue
+        data = scratch("strided", regions.items * window.itemsize)
+        for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
+            reader.read(part.file, position, regions.run(data, number, window.itemsize))
+        _transpose(regions.view(data, part, window.itemsize), _leaf_view(part, window))
 
 
-def _scatter_strided(part: Extent, window: Window, writer: Writer) -> None:
-    regions = _Regions.of(part, 1)
-    if regions.are_runs:
-        for position, start in regions.places(part, window.itemsize):
-            writer.write(part.file, position, window.run(start, regions.reach))
-        return
-    data = scratch("strided", regions.items * window.itemsize)
-    _transpose(_leaf_view(part, window), regions.view(data, part, window.itemsize))
-    for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
-        writer.write(part.file, position, regions.run(data, number, window.itemsize))
+def _scatter_strided(whole: Extent, window: Window, writer: Writer) -> None:
+    for part in whole.pieces(PIECE // window.itemsize, window.itemsize):
+        regions = _Regions.of(part, 1)
+        if regions.are_runs:
+            for position, start in regions.places(part, window.itemsize):
+                writer.write(part.file, position, window.run(start, regions.reach))
+            continue
+        data = scratch("strided", regions.items * window.itemsize)
+        _transpose(_leaf_view(part, window), regions.view(data, part, window.itemsize))
+        for number, (position, _) in enumerate(regions.places(part, window.itemsize)):
+            writer.write(part.file, position, regions.run(data, number, window.itemsize))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +158,9 @@ class _Regions:
     def places(self, part: Extent, itemsize: int) -> Iterator[tuple[int, int]]:
         """(byte position in the file, first item of the leaf) of each region."""
         sizes = [part.sizes[loop] for loop in self.loops]
-        in_file = [part.file_strides[loop] * itemsize for loop in self.loops]
-        in_leaf = [part.leaf_strides[loop] for loop in self.loops]
-        for far, deep in zip(_offsets(sizes, in_file), _offsets(sizes, in_leaf), strict=True):
-            yield part.position + sum(far), part.leaf_start + sum(deep)
+        far = _addresses(part.position, sizes, [part.file_strides[loop] * itemsize for loop in self.loops])
+        deep = _addresses(part.leaf_start, sizes, [part.leaf_strides[loop] for loop in self.loops])
+        return zip(far, deep, strict=True)
 
     def run(self, data: memoryview, number: int, itemsize: int) -> memoryview:
         """The bytes of one region in memory."""
@@ -170,17 +173,51 @@ class _Regions:
         return _strided(np.frombuffer(data, _item(itemsize)), 0, part.sizes, self.strides)
 
 
-def _offsets(sizes: list[int], strides: list[int]) -> Iterator[tuple[int, ...]]:
-    return product(*(range(0, size * stride, stride) for size, stride in zip(sizes, strides, strict=True)))
+def _addresses(start: int, sizes: list[int], strides: list[int]) -> list[int]:
+    """`start + sum(i * stride)` for all steps of a nest, the last loop fastest."""
+    found = [start]
+    for size, stride in zip(sizes, strides, strict=True):
+        found = [base + step for base in found for step in range(0, size * stride, stride)]
+    return found
 
 
 def _transpose(source, target) -> None:  # type: ignore[no-untyped-def]
-    """target[...] = source for views whose memory orders differ."""
-    dim = min(range(target.ndim), key=lambda i: target.strides[i])
-    # Few enough rows of the source at a time for their lines to stay in the cache until all of them was used.
-    for start in range(0, target.shape[dim], _ROWS):
-        part = (slice(None),) * dim + (slice(start, start + _ROWS),)
-        target[part] = source[part]
+    """target[...] = source for views whose memory orders differ.
+
+    Each tile passes through a small copy whose rows, runs of the source, are an odd number of cache lines apart: rows
+    of a power of two bytes would fight for the same few places in the cache.
+    """
+    import numpy as np
+
+    dims = range(source.ndim)
+    along = sorted(dims, key=lambda dim: source.strides[dim])
+    across = sorted(dims, key=lambda dim: target.strides[dim])
+    if along[0] == across[0]:
+        target[...] = source
+        return
+    sizes, strides = [1] * source.ndim, [0] * source.ndim
+    columns, rows = [dim for dim in along if dim != across[0]], [across[0]]
+    _fill(columns, _TILE[1] // source.itemsize, source.itemsize, source.shape, sizes, strides)
+    rows += [dim for dim in across if not strides[dim] and dim not in rows]
+    _fill(rows, _TILE[0], _TILE[1] + _LINE, source.shape, sizes, strides)
+    whole = np.ndarray(sizes, source.dtype, scratch("tile", _TILE[0] * (_TILE[1] + _LINE)), 0, strides)
+    for corner in product(*(range(0, n, size) for n, size in zip(source.shape, sizes, strict=True))):
+        part = tuple(slice(first, first + size) for first, size in zip(corner, sizes, strict=True))
+        piece = source[part]
+        tile = whole[tuple(map(slice, piece.shape))]
+        tile[...] = piece
+        target[part] = tile
+
+
+def _fill(
+    dims: Sequence[int], room: int, step: int, shape: tuple[int, ...], sizes: list[int], strides: list[int]
+) -> None:
+    """Lays dimensions one inside the other, the first one innermost, until `room` steps of `step` bytes are used."""
+    for dim in dims:
+        if room < 2:
+            return
+        sizes[dim], strides[dim] = min(shape[dim], room), step
+        room, step = room // sizes[dim], step * sizes[dim]
 
 
 def _leaf_view(part: Extent, window: Window):  # type: ignore[no-untyped-def]

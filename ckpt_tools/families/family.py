@@ -194,7 +194,7 @@ class Family:
             return encoding if template in chosen.encoded else None
 
         found = resolve(self.name, rules, shape, encoding_of, **extra)
-        return replace(found, beside=frozenset(_beside(found)))
+        return replace(found, beside=frozenset(_beside(found, encoding, names or ())))
 
     def check_written(self, form: str) -> None:
         """Raises `UsageError` when repositories of a form are not written, only read."""
@@ -298,10 +298,11 @@ def _strategies(config: Mapping[str, Any]) -> set[object]:
     return {entry.get("strategy") for entry in weights if isinstance(entry, Mapping)}
 
 
-def _beside(layout: Layout) -> Iterator[str]:
-    """Names of scales that may lie beside quantised leaves: of activations, and of the cache of keys and values."""
-    for leaf in layout.leaves.values():
-        if leaf.encoding is not None:
-            module, _, _ = leaf.name.rpartition(".")
-            yield from (f"{module}.{name}" for name in leaf.encoding.beside)
-            yield from (f"{module.rpartition('.')[0]}.{name}" for name in leaf.encoding.beside)
+def _beside(layout: Layout, encoding: Encoding, names: Collection[str]) -> Iterator[str]:
+    """Those of the names that are scales beside encoded leaves: of activations, and of the cache of keys and values."""
+    endings = tuple(f".{name}" for name in encoding.beside)
+    scales = [name for name in names if name.endswith(endings)] if endings else []
+    if scales:
+        modules = {name.rpartition(".")[0] for name, leaf in layout.leaves.items() if leaf.encoding}
+        modules |= {module.rpartition(".")[0] for module in modules}
+        yield from (name for name in scales if name.rpartition(".")[0] in modules)

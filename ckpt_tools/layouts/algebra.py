@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -56,12 +57,17 @@ class Piece:
         return prod(loop.size for loop in self.loops)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """A tensor of `shape` made of pieces of leaves; every element comes from exactly one piece."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @cached_property
+    def leaves(self) -> tuple[str, ...]:
+        """The leaves that it is made of, in the order of their first pieces."""
+        return tuple(dict.fromkeys(piece.leaf for piece in self.pieces))
 
 
 def leaf(name: str, shape: Sequence[int]) -> View:

@@ -6,8 +6,10 @@ project works with. Resolving opens no file and allocates no tensor.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -15,7 +17,7 @@ from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.names import fields, fill, nearest
 from ckpt_tools.layouts import algebra
 from ckpt_tools.layouts.algebra import View
-from ckpt_tools.layouts.encodings import Encoding
+from ckpt_tools.layouts.encodings import Encoding, Part
 from ckpt_tools.layouts.rules import Leaf, Rule, Scope
 
 Side = Literal["hf", "native"]
@@ -55,25 +57,32 @@ class LeafTensor:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def stored(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the tensors on disk: itself, or the parts of its encoding."""
-        if self.encoding is None:
-            yield self.name, self.shape
-        else:
-            yield from ((part.name, part.shape) for part in self.encoding.parts(self.name, self.shape))
-
 
 @dataclass(frozen=True, slots=True)
 class NativeTensor:
-    """A tensor of the native model, as a view of leaves, and the rule that made it (None for identity)."""
+    """A tensor of the native model, as a view of leaves.
+
+    Attributes:
+        name: its name.
+        pattern: the view; its pieces name leaves by templates, so that tensors that differ in names alone share it.
+        leaves: names of the leaves, one for each of `pattern.leaves`.
+        rule: that made it, None for identity.
+    """
 
     name: str
-    view: View
+    pattern: View
+    leaves: tuple[str, ...]
     rule: Rule | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.view.shape
+        return self.pattern.shape
+
+    @property
+    def view(self) -> View:
+        """The pattern with the names of the leaves in place of templates."""
+        names = dict(zip(self.pattern.leaves, self.leaves, strict=True))
+        return View(self.shape, tuple(replace(piece, leaf=names[piece.leaf]) for piece in self.pattern.pieces))
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,31 @@ class Layout:
     def keeps_dtype(self) -> frozenset[str]:
         """Native names whose leaves keep their dtype whatever the model's (FP32 state)."""
         kept = {name for name, leaf in self.leaves.items() if leaf.keep_dtype}
-        return frozenset(n for n, tensor in self.native.items() if kept.issuperset(p.leaf for p in tensor.view.pieces))
+        return frozenset(name for name, tensor in self.native.items() if kept.issuperset(tensor.leaves))
 
-    def shapes(self, side: Side) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def parts(self) -> Mapping[str, tuple[Part, ...]]:
+        """The stored tensors of each leaf that is encoded, by the name of the leaf."""
+        leaves = self.leaves.values()
+        return {leaf.name: leaf.encoding.parts(leaf.name, leaf.shape) for leaf in leaves if leaf.encoding}
+
+    def shapes(self, side: Side) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor that a checkpoint of this side stores, by name."""
-        if side == "native":
-            return {name: tensor.shape for name, tensor in self.native.items()}
-        return {name: shape for leaf in self.leaves.values() for name, shape in leaf.stored()}
+        return self._native_shapes if side == "native" else self._published_shapes
+
+    @cached_property
+    def _native_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.native.items()}
+
+    @cached_property
+    def _published_shapes(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for name, leaf in self.leaves.items():
+            if leaf.encoding is None:
+                found[name] = leaf.shape
+            else:
+                found.update((part.name, part.shape) for part in self.parts[name])
+        return found
 
     def side_of(self, names: Iterable[str], *, tie: Side = "native") -> Side:
         """The side whose names these are, or the nearer one where they are neither's.
@@ -145,7 +172,7 @@ class Layout:
         """
         if self.side_of(names) == "native":
             return self
-        native = {name: NativeTensor(name, algebra.leaf(name, leaf.shape)) for name, leaf in self.leaves.items()}
+        native = _unchanged({name: leaf.shape for name, leaf in self.leaves.items()})
         return replace(self, native=native, stacked=frozenset())
 
     def spelling(self, side: Side) -> str:
@@ -190,39 +217,52 @@ def resolve(
     """
     native: dict[str, NativeTensor] = {}
     leaves: dict[str, LeafTensor] = {}
-    used: dict[str, int] = {}
+    used: Counter[str] = Counter()
     stacked: set[str] = set()
+    scope = Scope(shape.sizes, {"layer": len(shape.layers), "expert": shape.experts}, {})
     for rule in rules:
         if not _holds(rule.when, shape.flags):
             continue
-        for scope in _scopes(rule, shape):
-            name = fill(rule.native, **scope.indices)
-            view = rule.value.view(scope)
+        # Layers of one kind differ in names alone: the view is made once, with the axes of layers left open.
+        pattern = rule.value.view(scope)
+        counts: Counter[str] = Counter()
+        for piece in pattern.pieces:
+            counts[piece.leaf] += piece.numel
+        made_of = list(_leaf_templates(rule, scope))
+        is_stacked = rule.stacked or any("expert" in fields(node.template) for node in rule.value.leaves())
+        for indices in _indices(rule, shape):
+            name = fill(rule.native, **indices)
             if name in native:
                 raise LayoutError(f"two rules of {family} make {name}")
-            native[name] = NativeTensor(name, view, rule)
-            if rule.stacked:
+            names = {template: fill(template, **indices) for template in counts}
+            native[name] = NativeTensor(name, pattern, tuple(names.values()), rule)
+            if is_stacked:
                 stacked.add(name)
-            for piece in view.pieces:
-                used[piece.leaf] = used.get(piece.leaf, 0) + piece.numel
-            for node in rule.value.leaves():
-                for tensor in _leaf_tensors(node, scope, encoding_of):
-                    leaves[tensor.name] = tensor
-                if "expert" in fields(node.template):
-                    stacked.add(name)
-    for leaf in leaves.values():
-        if used.get(leaf.name) != leaf.numel:
-            raise LayoutError(f"{family}: the rules use {used.get(leaf.name)} of {leaf.numel} elements of {leaf.name}")
+            for template, leaf in names.items():
+                used[leaf] += counts[template]
+            for template, node, sizes in made_of:
+                leaf = names.get(template) or fill(template, **indices)
+                encoding = encoding_of(node.template, leaf) if encoding_of else None
+                leaves[leaf] = LeafTensor(leaf, sizes, node.keep_dtype, encoding)
+    for tensor in leaves.values():
+        if used[tensor.name] != tensor.numel:
+            raise LayoutError(
+                f"{family}: the rules use {used[tensor.name]} of {tensor.numel} elements of {tensor.name}"
+            )
     return Layout(family, native, leaves, stacked=frozenset(stacked), layers=shape.layers, **extra)  # type: ignore[arg-type]
 
 
 def identity(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
     """The layout of an architecture that has no native form: every name and shape as it is."""
     return Layout(
-        "identity",
-        {name: NativeTensor(name, algebra.leaf(name, shape)) for name, shape in tensors.items()},
-        {name: LeafTensor(name, tuple(shape)) for name, shape in tensors.items()},
+        "identity", _unchanged(tensors), {name: LeafTensor(name, tuple(shape)) for name, shape in tensors.items()}
     )
+
+
+def _unchanged(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NativeTensor]:
+    """Tensors that are the same on both sides."""
+    patterns = {shape: algebra.leaf("{name}", shape) for shape in set(shapes.values())}
+    return {name: NativeTensor(name, patterns[shape], (name,)) for name, shape in shapes.items()}
 
 
 def _holds(condition: str | None, flags: frozenset[str]) -> bool:
@@ -231,23 +271,24 @@ def _holds(condition: str | None, flags: frozenset[str]) -> bool:
     return all((part[1:] not in flags) if part.startswith("!") else part in flags for part in condition.split("&"))
 
 
-def _scopes(rule: Rule, shape: Shape) -> Iterator[Scope]:
-    axes = {"layer": len(shape.layers), "expert": shape.experts}
+def _indices(rule: Rule, shape: Shape) -> Iterator[dict[str, int]]:
+    """The axes of each tensor that a rule makes: one for each layer that has it, or a single one without axes."""
     if not {"layer", "predict", "nth"} & set(fields(rule.native)):
-        yield Scope(shape.sizes, axes, {})
+        yield {}
         return
     own_layers = sum("predict" not in kind.split("+") for kind in shape.layers)
+    seen: Counter[str] = Counter()
     for index, kind in enumerate(shape.layers):
         if rule.layers is None or rule.layers in kind.split("+"):
-            nth = shape.layers[:index].count(kind)
-            yield Scope(shape.sizes, axes, {"layer": index, "predict": index - own_layers, "nth": nth})
+            yield {"layer": index, "predict": index - own_layers, "nth": seen[kind]}
+        seen[kind] += 1
 
 
-def _leaf_tensors(node: Leaf, scope: Scope, encoding_of: EncodingOf | None) -> Iterator[LeafTensor]:
-    sizes = tuple(scope.size(s) for s in node.sizes)
-    template = fill(node.template, **scope.indices)
-    experts = range(scope.axes["expert"]) if "expert" in fields(node.template) else (None,)
-    for expert in experts:
-        name = template if expert is None else fill(template, expert=expert)
-        encoding = encoding_of(node.template, name) if encoding_of else None
-        yield LeafTensor(name, sizes, node.keep_dtype, encoding)
+def _leaf_templates(rule: Rule, scope: Scope) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
+    """(template with experts filled in, node, shape) of each leaf that a rule's tensors are made of."""
+    for node in rule.value.leaves():
+        sizes = tuple(scope.size(s) for s in node.sizes)
+        if "expert" in fields(node.template):
+            yield from ((fill(node.template, expert=e), node, sizes) for e in range(scope.axes["expert"]))
+        else:
+            yield node.template, node, sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassifi
 from automodel.compat import TRANSFORMERS_5
 from automodel.logging import log_once
 from automodel.models import NATIVE_MODELS
+from ckpt_tools import convert
 from ckpt_tools.core.errors import CkptError, LayoutError, NotFoundError, OutputExistsError, UsageError
 from tests.automodel.helpers import CONFIGS, SIZES, every_config, pair, relative, tokens
 
@@ -323,3 +325,24 @@ def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
 
 def test_errors_share_one_base() -> None:
     assert issubclass(UsageError, CkptError)
+
+
+def test_a_native_checkpoint_without_a_config_says_what_is_missing(tmp_path: Path) -> None:
+    repository(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "native")
+    shutil.rmtree(tmp_path / "native" / "hf")
+    with pytest.raises(NotFoundError, match=r"without config\.json") as caught:
+        NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert "native/hf" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 does not rename this family's tensors")
+def test_a_native_checkpoint_that_transformers_would_have_to_rename_says_what_to_do(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.PhimoeConfig(**sizes, **heads)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "native")
+    with pytest.raises(LayoutError, match="parameters of the model are not in the checkpoint") as caught:
+        NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert "ckpt consolidate" in str(caught.value.hint)

@@ -13,15 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools import consolidate, convert, inspect, plan, roundtrip, verify
+from ckpt_tools.cli.copying import copy_lines
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import (
     CkptError,
+    FormatError,
     InputChangedError,
     LayoutError,
     MismatchError,
     ResourceError,
 )
 from ckpt_tools.engine import execute, staging
+from ckpt_tools.engine.checkpoint import open_checkpoint
+from ckpt_tools.engine.copy import fingerprint
+from ckpt_tools.engine.targets import plan_native
 from ckpt_tools.families import FAMILIES
 from tests.checkpoints import make_repository, tensor_bytes, write_repository
 
@@ -220,6 +225,36 @@ def test_a_flipped_payload_bit_is_found_by_verify_and_by_a_copy(tmp_path: Path) 
         convert(tmp_path / "good", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_digests_by_another_algorithm_are_refused_by_verify_and_left_aside_by_a_copy_that_says_so(
+    tmp_path: Path,
+) -> None:
+    source = make_repository(tmp_path / "source")
+    assert convert(source, tmp_path / "native").unchecked == ""
+    assert consolidate(tmp_path / "native", tmp_path / "good").unchecked == ""
+    path = tmp_path / "good/ckpt-manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["digest"] = "sha512/1GiB"
+    manifest["tensors"] = dict.fromkeys(manifest["tensors"], "0")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"'sha512/1GiB'; this version makes 'xxh3-128/32MiB'") as refused:
+        verify(tmp_path / "good")
+    assert "--no-digests" in str(refused.value.hint)
+    verify(tmp_path / "good", against=source, digests=False)
+    report = convert(tmp_path / "good", tmp_path / "again")
+    assert "sha512/1GiB" in report.unchecked
+    assert any(line.startswith("unchecked") for line in copy_lines(report))
+    verify(tmp_path / "again", against=source)
+
+
+def test_a_run_that_cut_leaves_otherwise_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(make_repository(tmp_path / "source"))
+    planned = plan_native(source, mesh=None, file_format="dcp", dtype=None, max_file_size=10**9)
+    before = fingerprint(planned, tmp_path / "out")
+    assert fingerprint(planned, tmp_path / "out") == before
+    monkeypatch.setattr("ckpt_tools.engine.copy.ALGORITHM", "xxh3-128/1MiB")
+    assert fingerprint(planned, tmp_path / "out") != before
 
 
 def test_too_little_disk_is_refused_before_the_first_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,26 @@ def test_files_of_an_interrupted_export_that_was_cut_otherwise_do_not_stay(tmp_p
             export._staging.__exit__()  # as if the process had died here
     export.commit()
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_rank_with_a_slice_of_transposed_experts_reads_them_in_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # GPT-OSS in BF16 holds experts as [in, out] with gate and up alternating: a rank's rows are single elements there.
+    source = make_repository(tmp_path / "source", "gpt_oss", hidden_size=96, intermediate_size=128)
+    checkpoint = open_checkpoint(source)
+    mesh = ShardingMesh(dp_shard=2, ep=2)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    reads: list[int] = []
+    read = FileReader.read
+    monkeypatch.setattr(FileReader, "read", lambda self, *a: reads.append(len(a[2])) or read(self, *a))
+    whole = [box for box in rank_boxes(checkpoint, ShardingMesh(), 0) if box.name == name]
+    load_boxes(checkpoint, whole)
+    wanted = np.frombuffer(whole[0].data, np.uint16).reshape(whole[0].sizes)
+    reads.clear()
+    for rank in range(mesh.ranks):
+        (box,) = (box for box in rank_boxes(checkpoint, mesh, rank) if box.name == name)
+        load_boxes(checkpoint, [box], threads=1)
+        part = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        assert np.array_equal(np.frombuffer(box.data, np.uint16).reshape(box.sizes), wanted[part])
+    assert len(reads) <= 4 * mesh.ranks

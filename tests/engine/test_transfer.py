@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+import random
+from unittest import mock
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
+from ckpt_tools.engine import transfer
 from ckpt_tools.engine.extents import Extent, extent
 from ckpt_tools.engine.files import MemoryFiles
-from ckpt_tools.engine.memory import dense_ranges
+from ckpt_tools.engine.memory import leaf_ranges
 from ckpt_tools.engine.transfer import Window, gather, scatter
 
 
@@ -63,9 +70,11 @@ def test_windows_of_any_size_gather_what_numpy_reads_and_scatter_it_back(
     assert np.count_nonzero(back) <= np.count_nonzero(source.view(np.uint8) if source.flags.c_contiguous else file)
 
 
-@given(placements())
-def test_dense_ranges_hold_the_elements_of_an_extent_and_no_others(case: tuple[Extent, int, int, int]) -> None:
-    part, _, itemsize, _ = case
+@given(placements(), st.integers(0, 6))
+def test_leaf_ranges_hold_the_elements_of_an_extent_and_others_only_in_small_gaps(
+    case: tuple[Extent, int, int, int], gap: int
+) -> None:
+    part, _, _, _ = case
     sparse = Extent("f", 0, 5, part.sizes, part.file_strides, part.leaf_strides)  # walk the leaf as the file was
     order = sorted(range(len(sparse.sizes)), key=lambda i: -sparse.leaf_strides[i])
     sparse = Extent(
@@ -75,8 +84,10 @@ def test_dense_ranges_hold_the_elements_of_an_extent_and_no_others(case: tuple[E
     for n, s in zip(sparse.sizes, sparse.leaf_strides, strict=True):
         offsets = offsets[..., None] + np.arange(n) * s
     expected = sorted(int(o) + 5 for o in offsets.reshape(-1))
-    found = sorted(i for low, high in dense_ranges(sparse, itemsize) for i in range(low, high))
-    assert found == expected
+    assert sorted(i for low, high in leaf_ranges(sparse) for i in range(low, high)) == expected
+    wider = sorted(i for low, high in leaf_ranges(sparse, gap) for i in range(low, high))
+    assert set(expected) <= set(wider)
+    assert len(wider) - len(expected) <= gap * len(expected)
 
 
 def test_a_transposed_region_is_read_and_written_by_whole_runs() -> None:
@@ -103,3 +114,41 @@ def test_a_transposed_region_is_read_and_written_by_whole_runs() -> None:
     back = memoryview(bytearray(48))
     gather([part], Window(back, 0, 24, 2), file)
     assert np.array_equal(np.frombuffer(back, np.uint16), leaf)
+
+
+@given(
+    st.lists(st.integers(1, 11), min_size=2, max_size=3),
+    st.randoms(use_true_random=False),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_tiles_transpose_arrays_of_any_order_and_size(shape: list[int], order: random.Random, itemsize: int) -> None:
+    """Small tiles, so that arrays of a few items have many of them, whole and cut."""
+    dims = list(range(len(shape)))
+    order.shuffle(dims)
+    source = np.arange(math.prod(shape)).astype(f"u{itemsize}").reshape(shape)
+    memory = np.empty([shape[dim] for dim in dims], source.dtype)
+    target = memory.transpose(np.argsort(dims))
+    with mock.patch.object(transfer, "_TILE", (5, 3 * itemsize)):
+        transfer._transpose(source, target)
+    assert np.array_equal(target, source)
+
+
+@given(placements(), st.integers(1, 60))
+def test_pieces_of_an_extent_are_small_and_hold_each_of_its_elements_once(
+    case: tuple[Extent, int, int, int], items: int
+) -> None:
+    part, _, itemsize, _ = case
+
+    def elements(extent: Extent) -> list[tuple[int, int]]:
+        steps = itertools.product(*map(range, extent.sizes))
+        return [
+            (
+                extent.position + itemsize * sum(map(operator.mul, step, extent.file_strides)),
+                extent.leaf_start + sum(map(operator.mul, step, extent.leaf_strides)),
+            )
+            for step in steps
+        ]
+
+    pieces = list(part.pieces(items, itemsize))
+    assert max(piece.numel for piece in pieces) <= items
+    assert sorted(e for piece in pieces for e in elements(piece)) == sorted(elements(part))

@@ -162,8 +162,8 @@ def join(entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
     return local, central
 
 
-def large_entry(name: str, size: int, header: int, start: int, alignment: int) -> tuple[bytes, bytes]:
-    """Local header of `size` bytes that the caller supplies, padded so that they are aligned; directory record.
+def large_entry(name: str, size: int, header: int, start: int, alignment: int) -> tuple[bytes, int, bytes]:
+    """Local header of `size` bytes that the caller supplies, zeros to follow it for their alignment, directory record.
 
     Args:
         name: of the entry.
@@ -176,10 +176,10 @@ def large_entry(name: str, size: int, header: int, start: int, alignment: int) -
     wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _U32 else b""
     end = start + header + _LOCAL.size + len(raw) + len(wide) + 4
     pad = -end % alignment
-    extra = wide + struct.pack("<2H", _PAD_ID, pad) + bytes(pad)
+    extra = wide + struct.pack("<2H", _PAD_ID, pad)
     short = min(size, _U32)
-    local = _LOCAL.pack(b"PK\x03\x04", _VERSION, 0, 0, 0, _DATE, 0, short, short, len(raw), len(extra))
-    return local + raw + extra, _central(raw, 0, size, header)
+    local = _LOCAL.pack(b"PK\x03\x04", _VERSION, 0, 0, 0, _DATE, 0, short, short, len(raw), len(extra) + pad)
+    return local + raw + extra, pad, _central(raw, 0, size, header)
 
 
 def _central(raw: bytes, crc: int, size: int, header: int) -> bytes:

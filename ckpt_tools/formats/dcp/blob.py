@@ -7,7 +7,6 @@ tensor so that torch reads the result as an archive of its own, with the tensor 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -149,6 +148,7 @@ def _stored(
     return archive.find_data(entry, read, fail)
 
 
+@lru_cache(maxsize=4096)
 def _unless_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     if prod(sizes) <= 1:
         return None
@@ -196,21 +196,27 @@ def _read_storage(reference: object, untyped: object) -> tuple[DType, str]:
     raise FormatError("the saved tensor has an element type that is not understood")
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """The bytes around one tensor.
 
     Attributes:
-        prefix: from the archive's first byte to the tensor; it ends in zeros that may be left as a hole.
+        head: from the archive's first byte on.
+        padding: zeros after it, up to the tensor; they may be left as a hole.
         data_position: absolute position of the tensor in the file, a multiple of 4096.
         suffix: from the tensor's end to the archive's end.
         end: absolute position after the suffix, where the next archive may start.
     """
 
-    prefix: bytes
+    head: bytes
+    padding: int
     data_position: int
     suffix: bytes
     end: int
+
+    @property
+    def prefix(self) -> bytes:
+        """From the archive's first byte to the tensor."""
+        return self.head + bytes(self.padding)
 
 
 def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
@@ -223,20 +229,26 @@ def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
         UsageError: torch has no such element type, or packs several elements in a byte.
     """
     nbytes = dtype.nbytes(prod(sizes))
-    entries = [
-        archive.small_entry(f"{_ARCHIVE}/data.pkl", _write_pickle(dtype, tuple(sizes))),
-        archive.small_entry(f"{_ARCHIVE}/byteorder", b"little"),
-        archive.small_entry(f"{_ARCHIVE}/version", b"3\n"),
-    ]
-    prefix, central = archive.join(entries)
-    header, record = archive.large_entry(f"{_ARCHIVE}/data/0", nbytes, len(prefix), position, ALIGNMENT)
-    prefix += header
-    suffix = archive.directory([*central, record], len(prefix) + nbytes)
-    data_position = position + len(prefix)
-    return Frame(prefix, data_position, suffix, data_position + nbytes + len(suffix))
+    small, central = _small_entries(dtype, tuple(sizes))
+    header, padding, record = archive.large_entry(f"{_ARCHIVE}/data/0", nbytes, len(small), position, ALIGNMENT)
+    before = len(small) + len(header) + padding
+    suffix = archive.directory([*central, record], before + nbytes)
+    data_position = position + before
+    return Frame(small + header, padding, data_position, suffix, data_position + nbytes + len(suffix))
 
 
 @lru_cache(maxsize=4096)
+def _small_entries(dtype: DType, sizes: tuple[int, ...]) -> tuple[bytes, list[bytes]]:
+    """What is before the tensor's own entry, and the directory records of that."""
+    return archive.join(
+        [
+            archive.small_entry(f"{_ARCHIVE}/data.pkl", _write_pickle(dtype, sizes)),
+            archive.small_entry(f"{_ARCHIVE}/byteorder", b"little"),
+            archive.small_entry(f"{_ARCHIVE}/version", b"3\n"),
+        ]
+    )
+
+
 def _write_pickle(dtype: DType, sizes: tuple[int, ...]) -> bytes:
     if dtype.torch_name is None or dtype.bits < 8:
         raise UsageError(f"a torch checkpoint cannot hold {dtype} tensors", hint="write safetensors instead")

@@ -7,11 +7,11 @@ at most one value, containers hold references, and nothing here walks nested val
 
 from __future__ import annotations
 
-import gc
 import struct
 from collections.abc import Callable, Collection, Hashable
 from typing import Final, NoReturn
 
+from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.errors import FormatError
 from ckpt_tools.formats.dcp.inert import NO_STATE, ORDERED_DICT, SIZE, Global, Persistent, Record
 
@@ -97,19 +97,14 @@ def loads(data: bytes, allowed: Collection[Global], source: str) -> object:
     if len(data) > MAX_PICKLE_SIZE:
         raise FormatError(f"{source}: a pickle of {len(data):,} bytes; the limit is {MAX_PICKLE_SIZE:,}")
     machine = _Machine(data, allowed, source)
-    collecting = gc.isenabled()
-    # All that is made here lives to the end; the collector's passes over it are a third of the time.
-    gc.disable()
     try:
-        value = _run(machine)
+        with no_collection():
+            value = _run(machine)
         if machine.pos != len(data):
             machine.fail("there are bytes after the end of the pickle")
         return value
     except (IndexError, KeyError, struct.error):
         machine.fail("the pickle is malformed")
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _run(m: _Machine) -> object:

@@ -7,98 +7,120 @@ what `torch.save` writes and what `torch.load(weights_only=True)` expects.
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection, Iterable, Iterator
 
 from ckpt_tools.formats.dcp.inert import NO_STATE, Global, Persistent, Record
 
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
 
-def dumps(value: object) -> bytes:
+def dumps(value: object, shared: Collection[Global] = ()) -> bytes:
     """The pickle of nested None, bool, int, float, str, tuple, list, dict, `Global`, `Record` and `Persistent`.
 
-    Strings and globals that occur again are written as references.
+    An iterator of pairs stands for a dict that need not exist as a whole. Strings and globals that occur again are
+    written as references.
+
+    Args:
+        value: to write.
+        shared: kinds of records that are written as references, too, where the same object occurs again.
 
     Raises:
         TypeError: a value of another type.
     """
-    writer = _Writer()
+    writer = _Writer(shared)
     writer.save(value)
-    return b"".join((b"\x80\x02", *writer.parts, b"."))
+    return bytes(writer.out + b".")
 
 
 class _Writer:
-    __slots__ = ("memo", "parts")
+    __slots__ = ("memo", "out", "shared")
 
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
+    def __init__(self, shared: Collection[Global]) -> None:
+        self.out = bytearray(b"\x80\x02")
         self.memo: dict[object, bytes] = {}
+        self.shared = shared
 
     def save(self, value: object) -> None:
-        emit = self.parts.append
-        kind = type(value)
+        out, kind = self.out, type(value)
+        # By type and in the order of frequency: a .metadata file is a million values.
         if kind is str or kind is Global:
-            self._save_shared(value)
+            reference = self.memo.get(value)
+            if reference is None:
+                self._save_new(value)
+            else:
+                out += reference
+        elif kind is int:
+            out += _integer(value)  # type: ignore[arg-type]
         elif isinstance(value, Record):
             self._save_record(value)
-        elif value is None:
-            emit(b"N")
-        elif isinstance(value, bool):
-            emit(b"\x88" if value else b"\x89")
-        elif isinstance(value, int):
-            emit(_integer(value))
-        elif isinstance(value, float):
-            emit(b"G" + struct.pack(">d", value))
         elif isinstance(value, tuple):
             self._save_tuple(value)
+        elif isinstance(value, dict):
+            self._save_pairs(value.items())
         elif isinstance(value, list):
-            emit(b"](")
+            out += b"]("
             for item in value:
                 self.save(item)
-            emit(b"e")
-        elif isinstance(value, dict):
-            emit(b"}(")
-            for key, item in value.items():
-                self.save(key)
-                self.save(item)
-            emit(b"u")
+            out += b"e"
+        elif value is None:
+            out += b"N"
+        elif isinstance(value, bool):
+            out += b"\x88" if value else b"\x89"
+        elif isinstance(value, float):
+            out += b"G" + struct.pack(">d", value)
         elif isinstance(value, Persistent):
             self.save(value.pid)
-            emit(b"Q")
+            out += b"Q"
+        elif isinstance(value, Iterator):
+            self._save_pairs(value)
         else:
             raise TypeError(f"a pickle of data cannot hold {kind.__name__}")
 
-    def _save_shared(self, value: object) -> None:
-        if (reference := self.memo.get(value)) is not None:
-            self.parts.append(reference)
-            return
+    def _save_pairs(self, pairs: Iterable[tuple[object, object]]) -> None:
+        self.out += b"}("
+        for key, item in pairs:
+            self.save(key)
+            self.save(item)
+        self.out += b"u"
+
+    def _save_new(self, value: object) -> None:
         if isinstance(value, Global):
-            self.parts.append(f"c{value.module}\n{value.name}\n".encode())
+            self.out += f"c{value.module}\n{value.name}\n".encode()
         else:
             text = str(value).encode("utf-8", "surrogatepass")
-            self.parts.append(b"X" + struct.pack("<I", len(text)) + text)
+            self.out += b"X" + struct.pack("<I", len(text)) + text
+        self._remember(value)
+
+    def _remember(self, value: object) -> None:
+        """Writes that what was written last is `value`, to be referred to."""
         index = len(self.memo)
         short = index < 256
-        self.parts.append(struct.pack("<cB", b"q", index) if short else struct.pack("<cI", b"r", index))
+        self.out += struct.pack("<cB", b"q", index) if short else struct.pack("<cI", b"r", index)
         self.memo[value] = struct.pack("<cB", b"h", index) if short else struct.pack("<cI", b"j", index)
 
     def _save_record(self, value: Record) -> None:
-        self._save_shared(value.kind)
+        if (reference := self.memo.get(value)) is not None:
+            self.out += reference
+            return
+        self.save(value.kind)
         self._save_tuple(value.args)
-        self.parts.append(b"\x81" if value.new else b"R")
+        self.out += b"\x81" if value.new else b"R"
         if value.state is not NO_STATE:
             self.save(value.state)
-            self.parts.append(b"b")
+            self.out += b"b"
+        if value.kind in self.shared:
+            self._remember(value)
 
     def _save_tuple(self, value: tuple[object, ...]) -> None:
         if not value:
-            self.parts.append(b")")
+            self.out += b")"
             return
         code = _TUPLES.get(len(value))
         if code is None:
-            self.parts.append(b"(")
+            self.out += b"("
         for item in value:
             self.save(item)
-        self.parts.append(code or b"t")
+        self.out += code or b"t"
 
 
 def _integer(value: int) -> bytes:

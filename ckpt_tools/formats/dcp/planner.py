@@ -5,7 +5,7 @@ Plain `torch.distributed.checkpoint.load` reads the result into any mesh; torch 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,7 @@ from ckpt_tools.formats.dcp.description import (
 from ckpt_tools.formats.dcp.inert import SIZE, Global, Record
 from ckpt_tools.formats.dcp.metadata import METADATA_FILE
 from ckpt_tools.formats.dcp.pickle_writer import dumps
-from ckpt_tools.formats.tiling import find_fault
+from ckpt_tools.formats.tiling import Box, find_fault
 
 VERSION: Final = "1.0.0"
 
@@ -50,61 +50,81 @@ def plan_dcp(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]]
     """
     store = Store(Path(), "dcp", {}, {})
     framing: list[Framing] = []
-    described: dict[object, object] = {}
-    stored: dict[object, object] = {}
+    lengths: list[int] = []
     ends: dict[str, int] = {}
     for name, (dtype, shape, planned) in tensors.items():
         if fault := find_fault(shape, [(offsets, sizes) for offsets, sizes, _ in planned]):
             raise UsageError(f"the chunks planned for {name!r} do not make up {list(shape)}: {fault}")
         chunks = []
-        for number, (offsets, sizes, file) in enumerate(planned):
+        for offsets, sizes, file in planned:
             start = ends.get(file, 0)
             around = frame(dtype, sizes, start)
-            # Trailing zeros stay a hole: thousands of paddings would cost more memory than the plan.
-            framing.append(Framing(file, start, around.prefix.rstrip(b"\0")))
+            # The padding stays a hole: thousands of paddings would cost more memory than the plan.
+            framing.append(Framing(file, start, around.head))
             framing.append(Framing(file, around.end - len(around.suffix), around.suffix))
             ends[file] = around.end
+            lengths.append(around.end - start)
             chunks.append(Chunk(tuple(offsets), tuple(sizes), file, around.data_position))
-            place = {"relative_path": file, "offset": start, "length": around.end - start}
-            stored[_index(name, offsets, number)] = Record(STORAGE_INFO, state=place, new=True)
         store.tensors[name] = StoredTensor(name, dtype, tuple(shape), tuple(chunks))
-        described[name] = _describe(store.tensors[name])
     store.files = ends
-    return TargetFiles(store, tuple(framing), {METADATA_FILE: dumps(_document(described, stored))})
+    places = zip(framing[::2], lengths, strict=True)
+    document = dumps(_document(store.tensors, ((p.position, length) for p, length in places)), shared={SIZE, CHUNK})
+    return TargetFiles(store, tuple(framing), {METADATA_FILE: document})
 
 
-def _size(numbers: Sequence[int]) -> Record:
-    return Record(SIZE, (tuple(numbers),))
+class _Records:
+    """The records of `.metadata`. Sizes and boxes recur from layer to layer: each is made, written and read once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[int, ...], Record] = {}
+        self._boxes: dict[Box, Record] = {}
+
+    def size(self, numbers: tuple[int, ...]) -> Record:
+        found = self._sizes.get(numbers)
+        if found is None:
+            found = self._sizes[numbers] = Record(SIZE, (numbers,))
+        return found
+
+    def box(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Record:
+        found = self._boxes.get((offsets, sizes))
+        if found is None:
+            state = {"offsets": self.size(offsets), "sizes": self.size(sizes)}
+            found = self._boxes[offsets, sizes] = Record(CHUNK, state=state, new=True)
+        return found
+
+    def index(self, name: str, offsets: tuple[int, ...], number: int) -> Record:
+        return Record(INDEX, state={"fqn": name, "index": number, "offset": self.size(offsets)}, new=True)
+
+    def tensor(self, tensor: StoredTensor) -> Record:
+        layout = Record(LAYOUT, ("torch.strided",))
+        contiguous = Record(MEMORY_FORMAT, (0,))
+        properties = (Global("torch", str(tensor.dtype.torch_name)), layout, False, contiguous, False)
+        state = {
+            "properties": Record(PROPERTIES, state=properties, new=True),
+            "size": self.size(tensor.shape),
+            "chunks": [self.box(chunk.offsets, chunk.sizes) for chunk in tensor.chunks],
+        }
+        return Record(TENSOR, state=state, new=True)
 
 
-def _index(name: str, offsets: Sequence[int], number: int) -> Record:
-    return Record(INDEX, state={"fqn": name, "index": number, "offset": _size(offsets)}, new=True)
+def _document(tensors: Mapping[str, StoredTensor], places: Iterable[tuple[int, int]]) -> Record:
+    """The content of `.metadata`, given position and length of the archive of each chunk in order."""
+    records = _Records()
+    archives = iter(places)
 
+    def stored() -> Iterator[tuple[Record, Record]]:
+        for name, tensor in tensors.items():
+            for number, chunk in enumerate(tensor.chunks):
+                position, length = next(archives)
+                place = {"relative_path": chunk.file, "offset": position, "length": length}
+                yield records.index(name, chunk.offsets, number), Record(STORAGE_INFO, state=place, new=True)
 
-def _describe(tensor: StoredTensor) -> Record:
-    layout = Record(LAYOUT, ("torch.strided",))
-    contiguous = Record(MEMORY_FORMAT, (0,))
-    properties = (Global("torch", str(tensor.dtype.torch_name)), layout, False, contiguous, False)
-    chunks = [
-        Record(CHUNK, state={"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}, new=True)
-        for chunk in tensor.chunks
-    ]
-    state = {
-        "properties": Record(PROPERTIES, state=properties, new=True),
-        "size": _size(tensor.shape),
-        "chunks": chunks,
-    }
-    return Record(TENSOR, state=state, new=True)
-
-
-def _document(described: dict[object, object], stored: dict[object, object]) -> Record:
-    # The path of each name in the nested state dict: torch's conversion utilities index it without asking.
-    paths: dict[object, object] = {name: (name,) for name in described}
     meta: dict[str, object] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     state = {
-        "state_dict_metadata": described,
-        "planner_data": paths,
-        "storage_data": stored,
+        "state_dict_metadata": ((name, records.tensor(tensor)) for name, tensor in tensors.items()),
+        # The path of each name in the nested state dict: torch's conversion utilities index it without asking.
+        "planner_data": ((name, (name,)) for name in tensors),
+        "storage_data": stored(),
         "storage_meta": Record(STORAGE_META, state=meta, new=True),
         "version": VERSION,
     }
