@@ -169,6 +169,10 @@ class Disk:
         fd, data, position = call.arguments
         self._file(self._open[fd]).change(position, data)
 
+    def _pwritev(self, call: Call) -> None:
+        fd, pieces, position, *_ = call.arguments
+        self._file(self._open[fd]).change(position, b"".join(pieces))
+
     def _ftruncate(self, call: Call) -> None:
         fd, size = call.arguments
         self._file(self._open[fd]).change(size, None)
@@ -218,6 +222,7 @@ _PLAYERS: dict[str, Callable[[Disk, Call], None]] = {
     "close": Disk._close,
     "flock": Disk._flock,
     "pwrite": Disk._pwrite,
+    "pwritev": Disk._pwritev,
     "ftruncate": Disk._ftruncate,
     "fsync": Disk._fsync,
     "mkdir": Disk._mkdir,
