@@ -221,7 +221,8 @@ def resolve(
     stacked: set[str] = set()
     scope = Scope(shape.sizes, {"layer": len(shape.layers), "expert": shape.experts}, {})
     for rule in rules:
-        if not _holds(rule.when, shape.flags):
+        tensors = list(_indices(rule, shape)) if _holds(rule.when, shape.flags) else []
+        if not tensors:  # a view of no tensor may have no sizes either, as of experts where no layer has them
             continue
         # Layers of one kind differ in names alone: the view is made once, with the axes of layers left open.
         pattern = rule.value.view(scope)
@@ -230,7 +231,7 @@ def resolve(
             counts[piece.leaf] += piece.numel
         made_of = list(_leaf_templates(rule, scope))
         is_stacked = rule.stacked or any("expert" in fields(node.template) for node in rule.value.leaves())
-        for indices in _indices(rule, shape):
+        for indices in tensors:
             name = fill(rule.native, **indices)
             if name in native:
                 raise LayoutError(f"two rules of {family} make {name}")
