@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks.sparse import DEEPSEEK_V3, sparse_native, sparse_repository
 from ckpt_tools.api import consolidate, convert, inspect
-from ckpt_tools.engine import checkpoint as checkpoints
 from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.ends import leaf_ends
+from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.dcp import metadata
 from ckpt_tools.layouts import algebra
@@ -108,9 +108,9 @@ def test_layers_of_one_kind_share_a_view_that_is_made_and_cut_once(monkeypatch: 
     made = []
     leaf = algebra.leaf
     monkeypatch.setattr(algebra, "leaf", lambda name, shape: made.append(name) or leaf(name, shape))
-    layout = checkpoints.family_of(config_of(2, 8)).layout(config_of(2, 8))  # type: ignore[union-attr]
+    layout = family_of(config_of(2, 8)).layout(config_of(2, 8))  # type: ignore[union-attr]
     of_two, made[:] = len(made), []
-    larger = checkpoints.family_of(config_of(20, 8)).layout(config_of(20, 8))  # type: ignore[union-attr]
+    larger = family_of(config_of(20, 8)).layout(config_of(20, 8))  # type: ignore[union-attr]
     assert len(made) == of_two
     down = [tensor for name, tensor in larger.native.items() if name.endswith("experts.down_proj")]
     assert len({id(tensor.pattern) for tensor in down if "layers.20" not in tensor.name}) == 1

@@ -47,6 +47,8 @@ class Watch:
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.on:
             return
+        if event == "ctypes.dlopen" and args[0] is None:
+            return  # the C library that the process runs on
         if event in _RUNS:
             self.events.append(f"{event} {args!r}"[:200])
         elif event == "open" and isinstance(args[2], int) and args[2] & _WRITES:
