@@ -1,6 +1,7 @@
-"""The CRC-32 that `torch.save` leaves of every tensor in a DCP file: the only guard of a checkpoint without a manifest.
+"""Records of what the bytes of a file's parts were: the CRC-32 that `torch.save` leaves of every tensor in a DCP file,
+and the digests that a training save of ours has of its blobs.
 
-`verify` checks them, and so does a copy out of a checkpoint that has no digests of ours, while it runs.
+`verify` compares them, and so does a copy while it runs, when it comes to the place: from the disk they are read once.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
 
 from ckpt_tools.core.errors import MismatchError, listed
 from ckpt_tools.core.scratch import scratch
-from ckpt_tools.core.tensors import Checksum
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.execute import PlacedTask, Progress, run_threads
 from ckpt_tools.engine.files import FileReader
+from ckpt_tools.engine.manifest import Manifest
 
 try:
     from isal.isal_zlib import crc32  # eight times as fast, where it is installed
@@ -22,48 +26,101 @@ except ImportError:
     from zlib import crc32
 
 BUFFER = 256 << 10
-"""Bytes that a thread reads at once: they stay in a core's cache for the checksum."""
+"""Bytes that a thread reads at once: they stay in a core's cache for the arithmetic."""
 
 
-class ChecksumPass:
-    """Compares parts of files with the checksums that are recorded of them.
+class Recorded(NamedTuple):
+    """A part of a file, and what is recorded of its bytes.
+
+    Attributes:
+        tensor: whose bytes these are, empty where that is not known.
+        file, position, length: where they lie; in bytes.
+        value: their CRC-32, or their xxh3-128 as hexadecimal text.
+    """
+
+    tensor: str
+    file: str
+    position: int
+    length: int
+    value: int | str
+
+
+def recorded_of(source: Checkpoint) -> list[Recorded]:
+    """What a copy out of a checkpoint can compare beside the digests of its leaves.
+
+    These are the blobs that hold its tensors, where training saved it; or, without digests of ours, torch's checksums.
+    """
+    if source.manifest is not None and source.manifest.blobs:
+        chunks = (chunk for tensor in source.store.tensors.values() for chunk in tensor.chunks)
+        places = {(chunk.file, chunk.position) for chunk in chunks}
+        return [blob for blob in blobs_of(source.manifest) if (blob.file, blob.position) in places]
+    return [] if source.digests else [Recorded(*checksum) for checksum in source.store.checksums]
+
+
+def blobs_of(manifest: Manifest) -> list[Recorded]:
+    """The blobs whose digests a manifest records."""
+    return [Recorded("", file, *entry) for file, entries in manifest.blobs.items() for entry in entries]
+
+
+class RecordedPass:
+    """Compares parts of files with what is recorded of them.
 
     Args:
         reader: of the files.
-        checksums: what is recorded.
+        recorded: what to compare.
         progress: told of bytes as they are read.
     """
 
-    def __init__(self, reader: FileReader, checksums: Sequence[Checksum], progress: Progress | None = None) -> None:
+    def __init__(self, reader: FileReader, recorded: Sequence[Recorded], progress: Progress | None = None) -> None:
         self._reader = reader
-        self._checksums = sorted(checksums, key=lambda checksum: (checksum.file, checksum.position))
+        self._recorded = sorted(recorded, key=lambda part: (part.file, part.position))
         self._progress = progress
         self._wrong: list[str] = []
 
     def tasks(self) -> Iterator[PlacedTask]:
         """The comparisons in the order of the files, to be done by any threads."""
-        for checksum in self._checksums:
-            yield (checksum.file, checksum.position), partial(self._compare, checksum)
+        for part in self._recorded:
+            yield (part.file, part.position), partial(self._compare, part)
 
     def finish(self, root: Path) -> None:
         """Raises `MismatchError` if a comparison failed."""
         if self._wrong:
             raise MismatchError(
-                f"{root}: {len(self._wrong):,} pieces do not have the CRC-32 that was saved with them\n"
+                f"{root}: {len(self._wrong):,} pieces do not have the CRC-32 or digest that was saved with them\n"
                 + listed(sorted(self._wrong)),
                 hint="the files were damaged after training saved them; copy them again, or use another checkpoint",
             )
 
-    def _compare(self, checksum: Checksum) -> None:
-        found = 0
-        for at in range(0, checksum.length, BUFFER):
-            data = scratch("checksum", min(BUFFER, checksum.length - at))
-            self._reader.read(checksum.file, checksum.position + at, data)
-            found = crc32(data, found)
+    def _compare(self, part: Recorded) -> None:
+        checksum, digest = 0, xxhash.xxh3_128()
+        for at in range(0, part.length, BUFFER):
+            data = scratch("recorded", min(BUFFER, part.length - at))
+            self._reader.read(part.file, part.position + at, data)
+            if isinstance(part.value, int):
+                checksum = crc32(data, checksum)
+            else:
+                digest.update(data)
             if self._progress is not None:
                 self._progress.advance(len(data))
-        if found != checksum.crc:
-            self._wrong.append(f"{checksum.tensor}, in {checksum.file} at byte {checksum.position:,}")
+        if part.value != (checksum if isinstance(part.value, int) else digest.hexdigest()):
+            self._wrong.append(f"{part.tensor or 'a blob'}, in {part.file} at byte {part.position:,}")
+
+
+def compare_recorded(
+    checkpoint: Checkpoint, recorded: Sequence[Recorded], *, threads: int | None, progress: Progress | None
+) -> None:
+    """Compares parts of a checkpoint's files with what is recorded of them.
+
+    Raises:
+        MismatchError: the bytes of one are others.
+    """
+    if progress is not None:
+        progress.start("checking", sum(part.length for part in recorded))
+    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
+        checks = RecordedPass(reader, recorded, progress)
+        run_threads(checks.tasks(), lambda task: task[1](), threads)
+        reader.check_unchanged()
+    checks.finish(checkpoint.root)
 
 
 def verify_checksums(checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None) -> list[str]:
@@ -72,14 +129,8 @@ def verify_checksums(checkpoint: Checkpoint, *, threads: int | None, progress: P
     Raises:
         MismatchError: a tensor's bytes do not have their checksum.
     """
-    checksums = checkpoint.store.checksums
+    checksums = [Recorded(*checksum) for checksum in checkpoint.store.checksums]
     if not checksums:
         return []
-    if progress is not None:
-        progress.start("checking", sum(checksum.length for checksum in checksums))
-    with FileReader(checkpoint.root) as reader:
-        checks = ChecksumPass(reader, checksums, progress)
-        run_threads(checks.tasks(), lambda task: task[1](), threads)
-        reader.check_unchanged()
-    checks.finish(checkpoint.root)
+    compare_recorded(checkpoint, checksums, threads=threads, progress=progress)
     return [f"checksums: {len(checksums):,} pieces have the CRC-32 that torch saved with them"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import InputChangedError, MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
-from ckpt_tools.engine.checksums import ChecksumPass
+from ckpt_tools.engine.checksums import RecordedPass, recorded_of
 from ckpt_tools.engine.digest import ALGORITHM
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import (
@@ -32,7 +32,7 @@ from ckpt_tools.engine.journal import FileJournal
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.staging import Staging
-from ckpt_tools.engine.verify import verify_unhashed
+from ckpt_tools.engine.verify import verify_changed
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.formats.hf import SideFile
 from ckpt_tools.layouts.codecs import SCRATCH
@@ -142,7 +142,7 @@ def run_plan(
         journal = staging.resume(key, plan.target.store.files)
         changed = {copy.name for copy in plan.copies if copy.changes_values}
         try:
-            verify_unhashed(plan.source, changed, threads=threads, progress=options.progress)
+            verify_changed(plan.source, changed, threads=threads, progress=options.progress)
             executed = _copy_tensors(plan, staging, journal, threads, options.progress)
             manifest.tensors = executed.digests
             write_side_files(staging, plan.target.documents, side_files, manifest)
@@ -163,8 +163,7 @@ def _copy_tensors(
     """Fills and syncs every file that holds tensors."""
     with FileReader(plan.source.root, plan.source.inputs) as reader, FileWriter(staging.path) as writer:
         write_frames(plan.target, writer)
-        # A source without digests of ours may have its writer's checksums.
-        checks = ChecksumPass(reader, () if plan.source.digests else plan.source.store.checksums)
+        checks = RecordedPass(reader, recorded_of(plan.source))
         executed = execute(
             plan.copies,
             reader,

@@ -15,6 +15,7 @@ import xxhash
 from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, NotFoundError, listed
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
+from ckpt_tools.engine.checksums import blobs_of, compare_recorded
 from ckpt_tools.engine.digest import ALGORITHM, combine
 from ckpt_tools.engine.ends import Digest, decoded_as, plain
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, room_for, run_threads, tasks_of, window_items, windows
@@ -74,8 +75,9 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
         _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
     if manifest.blobs:
-        count = _verify_blobs(checkpoint, threads, progress)
-        done.append(f"digests: {count:,} blobs have the bytes that training saved")
+        blobs = blobs_of(manifest)
+        compare_recorded(checkpoint, blobs, threads=threads, progress=progress)
+        done.append(f"digests: {len(blobs):,} blobs have the bytes that training saved")
     if manifest.tensors is None and not manifest.blobs:
         done.append("digests: the manifest records none for tensors; values were not checked")
     if manifest.side_files:
@@ -94,26 +96,24 @@ def _compare(found: Mapping[str, str], recorded: Mapping[str, str], what: str, r
         )
 
 
-def verify_unhashed(
+def verify_changed(
     source: Checkpoint, changed: Collection[str], *, threads: int | None, progress: Progress | None
 ) -> None:
-    """Compares what the manifest of a source records and a copy of it does not see on its way.
+    """Compares the recorded digests of leaves that a copy changes, and whose stored bytes it therefore does not hash.
 
     Args:
         source: the checkpoint that is copied.
-        changed: leaves that are cast, dequantised or quantised, whose bytes in the source are not hashed.
+        changed: leaves that are cast, dequantised or quantised.
         threads: worker threads.
         progress: told of bytes as they are read.
 
     Raises:
-        MismatchError: a leaf, or a blob of a training save that holds a part of one, does not have its digest.
+        MismatchError: a leaf does not have its digest.
     """
     recorded = {name: digest for name, digest in (source.digests or {}).items() if name in changed}
     if recorded:
         found = leaf_digests(source, threads=threads, progress=progress, leaves=recorded)
         _compare(found, recorded, "tensors", source.root)
-    chunks = (chunk for tensor in source.store.tensors.values() for chunk in tensor.chunks)
-    _verify_blobs(source, threads, progress, {(chunk.file, chunk.position) for chunk in chunks})
 
 
 def leaf_digests(
@@ -251,53 +251,6 @@ def _reads(checkpoint: Checkpoint) -> list[LeafCopy]:
     copies = [LeafCopy(name, items_of(end.dtype, leaves[name].shape), end) for name, end in checkpoint.ends().items()]
     copies.sort(key=lambda c: c.source.first())
     return copies
-
-
-def _verify_blobs(
-    checkpoint: Checkpoint,
-    threads: int | None,
-    progress: Progress | None,
-    places: Collection[tuple[str, int]] | None = None,
-) -> int:
-    """Compares the blobs that the manifest records, or those at some (file, position); returns their number."""
-    blobs = checkpoint.manifest.blobs if checkpoint.manifest else {}
-    todo = [
-        (file, position, length, digest)
-        for file, entries in blobs.items()
-        for position, length, digest in entries
-        if places is None or (file, position) in places
-    ]
-    if not todo:
-        return 0
-    wrong: list[str] = []
-    with FileReader(checkpoint.root, checkpoint.inputs) as reader:
-
-        def act(blob: tuple[str, int, int, str]) -> None:
-            file, position, length, recorded = blob
-            if _range_digest(reader, file, position, length, progress) != recorded:
-                wrong.append(f"{file} at byte {position:,}")
-
-        if progress is not None:
-            progress.start("hashing", sum(length for _, _, length, _ in todo))
-        run_threads(iter(todo), act, threads)
-    if wrong:
-        raise MismatchError(
-            f"{checkpoint.root}: {len(wrong):,} blobs do not have their recorded digest\n{listed(sorted(wrong))}",
-            hint="the checkpoint was damaged after training saved it; use an earlier one",
-        )
-    return len(todo)
-
-
-def _range_digest(reader: FileReader, file: str, position: int, length: int, progress: Progress | None) -> str:
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(length, 256 << 10)))
-    for at in range(0, length, len(buffer) or 1):
-        view = buffer[: min(len(buffer), length - at)]
-        reader.read(file, position + at, view)
-        digest.update(view)
-        if progress is not None:
-            progress.advance(len(view))
-    return digest.hexdigest()
 
 
 def _file_digest(root: Path, name: str) -> str:
