@@ -6,13 +6,23 @@ the scores, FP32 [B, S, H]. Their backward passes take both back, possibly chang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 _aten = torch.ops.aten
-_Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Forward = Callable[["Inputs", "Call"], tuple[torch.Tensor, torch.Tensor]]
+_Backward = Callable[[torch.Tensor, "Inputs", torch.Tensor, torch.Tensor, "Call"], "Inputs"]
+
+
+class Inputs(NamedTuple):
+    """What attention is computed from, or the gradients of it."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 class Call(NamedTuple):
@@ -24,52 +34,27 @@ class Call(NamedTuple):
     scale: float
 
 
-class _Forward(Protocol):
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class _Backward(Protocol):
-    def __call__(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        sums: torch.Tensor,
-        call: Call,
-    ) -> _Triple: ...
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionKernel:
-    """The two directions of a kernel."""
+    """The two directions of a kernel: (inputs, call) -> output and sums; (gradient, inputs, output, sums, call) ->
+    gradients of the inputs."""
 
     forward: _Forward
     backward: _Backward
 
 
-def _reference(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores_BHST, _, value_BHTd = _scores(query, key, value, call)
+def _reference(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_BHST, _, value_BHTd = _scores(inputs, call)
     sums_BHS = torch.logsumexp(scores_BHST, -1)
     out_BHSd = torch.exp(scores_BHST - sums_BHS.unsqueeze(-1)) @ value_BHTd
-    return out_BHSd.transpose(1, 2).to(query.dtype), sums_BHS.transpose(1, 2).float()
+    return out_BHSd.transpose(1, 2).to(inputs.query.dtype), sums_BHS.transpose(1, 2).float()
 
 
 def _reference_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    call: Call,
-) -> _Triple:
-    scores_BHST, key_BHTd, value_BHTd = _scores(query, key, value, call)
+    grad: torch.Tensor, inputs: Inputs, out: torch.Tensor, sums: torch.Tensor, call: Call
+) -> Inputs:
+    query, key, _ = inputs
+    scores_BHST, key_BHTd, value_BHTd = _scores(inputs, call)
     share_BHST = torch.exp(scores_BHST - sums.transpose(1, 2).unsqueeze(-1))
     grad_BHSd, out_BHSd = (t.transpose(1, 2).to(scores_BHST.dtype) for t in (grad, out))
     grad_value = share_BHST.mT @ grad_BHSd
@@ -79,13 +64,12 @@ def _reference_backward(
     grad_key = grad_scores.mT @ query.transpose(1, 2).to(scores_BHST.dtype)
     groups = key.shape[2]
     shared = (g.unflatten(1, (groups, -1)).sum(2).transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value))
-    return grad_query.transpose(1, 2).to(query.dtype), *shared
+    return Inputs(grad_query.transpose(1, 2).to(query.dtype), *shared)
 
 
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _scores(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores [B, H, S, S] with -inf where nothing is seen, and keys and values by head, at least in FP32."""
+    query, key, value = inputs
     wide = torch.promote_types(query.dtype, torch.float32)
     repeats = query.shape[2] // key.shape[2]
     query_BHSd = query.transpose(1, 2).to(wide)
@@ -102,28 +86,18 @@ def _scores(
     return scores.masked_fill(~seen_BST.unsqueeze(1), -torch.inf), key_BHTd, value_BHTd
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors, lengths = _flattened((query, key, value), call)
+def _flash(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors, lengths = _flattened(inputs, call)
     out, sums, *_ = _aten._flash_attention_forward(
         *tensors, *lengths, 0.0, True, False, scale=call.scale, **_torch_window(call)
     )
-    return out.view(query.shape), _sums_by_row(sums, query, call)
+    return out.view(inputs.query.shape), _sums_by_row(sums, inputs.query, call)
 
 
-def _flash_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    call: Call,
-) -> _Triple:
-    tensors, lengths = _flattened((grad, query, key, value, out), call)
+def _flash_backward(grad: torch.Tensor, inputs: Inputs, out: torch.Tensor, sums: torch.Tensor, call: Call) -> Inputs:
+    tensors, lengths = _flattened((grad, *inputs, out), call)
     # Without dropout the state of random numbers is not read.
-    random, unused = (torch.zeros(n, dtype=torch.uint64, device=query.device) for n in (2, 0))
+    random, unused = (torch.zeros(n, dtype=torch.uint64, device=grad.device) for n in (2, 0))
     grads = _aten._flash_attention_backward(
         *tensors,
         _sums_by_kernel(sums, call),
@@ -135,35 +109,25 @@ def _flash_backward(
         scale=call.scale,
         **_torch_window(call),
     )
-    return tuple(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True))
+    return Inputs(*(g.view(t.shape) for g, t in zip(grads, inputs, strict=True)))
 
 
 def _torch_window(call: Call) -> dict[str, int]:
     return {"window_size_left": call.window - 1, "window_size_right": 0} if call.window else {}
 
 
-def _cudnn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _cudnn(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, sums, *_ = _aten._scaled_dot_product_cudnn_attention(
-        *_by_head(query, key, value), None, True, 0.0, True, False, scale=call.scale
+        *_by_head(*inputs), None, True, 0.0, True, False, scale=call.scale
     )
     return out.transpose(1, 2), sums.view(sums.shape[:3]).transpose(1, 2)
 
 
-def _cudnn_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    call: Call,
-) -> _Triple:
-    length = query.shape[1]
-    random = torch.zeros((), dtype=torch.int64, device=query.device)
+def _cudnn_backward(grad: torch.Tensor, inputs: Inputs, out: torch.Tensor, sums: torch.Tensor, call: Call) -> Inputs:
+    length = inputs.query.shape[1]
+    random = torch.zeros((), dtype=torch.int64, device=grad.device)
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
-        *_by_head(grad, query, key, value, out),
+        *_by_head(grad, *inputs, out),
         sums.transpose(1, 2).contiguous().unsqueeze(-1),
         random,
         random,
@@ -176,39 +140,29 @@ def _cudnn_backward(
         True,
         scale=call.scale,
     )
-    return tuple(g.transpose(1, 2) for g in grads)
+    return Inputs(*_by_head(*grads))
 
 
 def _by_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.transpose(1, 2) for tensor in tensors]
 
 
-def _flash4(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash4(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    tensors, _ = _flattened((query, key, value), call)
+    tensors, _ = _flattened(inputs, call)
     out, sums, *_ = _flash_attn_fwd(*tensors, softmax_scale=call.scale, return_lse=True, **_flash4_options(call))
-    return out.view(query.shape), _sums_by_row(sums, query, call)
+    return out.view(inputs.query.shape), _sums_by_row(sums, inputs.query, call)
 
 
-def _flash4_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    call: Call,
-) -> _Triple:
+def _flash4_backward(grad: torch.Tensor, inputs: Inputs, out: torch.Tensor, sums: torch.Tensor, call: Call) -> Inputs:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    (grad, *tensors, out), _ = _flattened((grad, query, key, value, out), call)
+    (grad, *tensors, out), _ = _flattened((grad, *inputs, out), call)
     grads = _flash_attn_bwd(
         *tensors, out, grad, _sums_by_kernel(sums, call), softmax_scale=call.scale, **_flash4_options(call)
     )
-    return tuple(g.view(t.shape) for g, t in zip(grads, (query, key, value), strict=True))
+    return Inputs(*(g.view(t.shape) for g, t in zip(grads, inputs, strict=True)))
 
 
 def _flash4_options(call: Call) -> dict[str, object]:

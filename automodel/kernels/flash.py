@@ -120,7 +120,8 @@ def _causal_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the log-sum-exp FP32 [B, S, H], both with the sinks."""
     call = attention_calls.Call(starts, longest, window, scale)
-    out, sums_BSH = attention_calls.KERNELS[kernel].forward(query, key, value, call)
+    inputs = attention_calls.Inputs(query, key, value)
+    out, sums_BSH = attention_calls.KERNELS[kernel].forward(inputs, call)
     if sinks is None:
         return out.contiguous(), sums_BSH.contiguous()
     with_sink_BSH = torch.logaddexp(sums_BSH, sinks.float())
@@ -148,8 +149,9 @@ def _causal_attention_backward(
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     call = attention_calls.Call(starts, longest, window, scale)
-    grads = attention_calls.KERNELS[kernel].backward(grad.contiguous(), query, key, value, out, sums, call)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    inputs = attention_calls.Inputs(query, key, value)
+    grads = attention_calls.KERNELS[kernel].backward(grad.contiguous(), inputs, out, sums, call)
+    return grads.query.contiguous(), grads.key.contiguous(), grads.value.contiguous()
 
 
 @_causal_attention_backward.register_fake
