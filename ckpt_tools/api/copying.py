@@ -6,14 +6,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ckpt_tools.api.reports import CopyReport
 from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
-from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
+from ckpt_tools.engine.cloning import cannot_share, shareable_block
+from ckpt_tools.engine.copy import Copied, CopyOptions, known_digests, run_plan, thread_bytes
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
@@ -28,6 +29,8 @@ from ckpt_tools.formats.hub import ResolvedSource, resolve_source
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
+Reflink = Literal["auto", "never", "always"]
+
 
 def convert(
     source: str | Path,
@@ -41,6 +44,8 @@ def convert(
     revision: str | None = None,
     max_file_size: str | int = "5GB",
     overwrite: bool = False,
+    reflink: Reflink = "auto",
+    digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
     dry_run: bool = False,
@@ -60,6 +65,10 @@ def convert(
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
+        reflink: share the blocks of tensors with the source where the file system can (`auto`), copy all bytes
+            (`never`), or refuse where it cannot (`always`). Either side can be changed or deleted afterwards.
+        digests: read shared tensors, too, as copying does. Otherwise they have the digests that the source's manifest
+            records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
         dry_run: plan and prove only.
@@ -79,14 +88,16 @@ def convert(
         file_format=_one_of("file_format", file_format, ("dcp", "safetensors")),
         dtype=_dtype(dtype),
         max_file_size=parse_size(max_file_size),
+        block=_block(reflink, checkpoint, destination),
     )
-    options = _options(overwrite, threads, memory, progress)
-    rounded: frozenset[str] = frozenset()
+    _check_sharing(reflink, plan)
+    options = _options(overwrite, threads, memory, progress, reflink, digests)
+    copied = None
     if not dry_run:
         check_duplicates(checkpoint)
         side_files = native_side_files(checkpoint)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, copied, started)
 
 
 def consolidate(
@@ -99,6 +110,8 @@ def consolidate(
     family: str | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    reflink: Reflink = "auto",
+    digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
     dry_run: bool = False,
@@ -120,6 +133,10 @@ def consolidate(
         family: name of the family, `identity` to keep names; None reads it from config.json.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
+        reflink: share the blocks of tensors with the source where the file system can (`auto`), copy all bytes
+            (`never`), or refuse where it cannot (`always`). Either side can be changed or deleted afterwards.
+        digests: read shared tensors, too, as copying does. Otherwise they have the digests that the source's manifest
+            records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
         dry_run: plan and prove only.
@@ -131,15 +148,22 @@ def consolidate(
     if readers is not None:
         checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
     target = _target_layout(checkpoint, quantize)
-    plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
-    options = _options(overwrite, threads, memory, progress)
-    rounded: frozenset[str] = frozenset()
+    plan = plan_huggingface(
+        checkpoint,
+        dtype=_dtype(dtype),
+        max_shard_size=parse_size(max_shard_size),
+        layout=target,
+        block=_block(reflink, checkpoint, destination),
+    )
+    _check_sharing(reflink, plan)
+    options = _options(overwrite, threads, memory, progress, reflink, digests)
+    copied = None
     if not dry_run:
         check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
+    return _report(plan, None if dry_run else destination, options, copied, started)
 
 
 def plan(
@@ -155,6 +179,8 @@ def plan(
     family: str | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
+    reflink: Reflink = "auto",
+    digests: bool = False,
     memory: str | int | None = None,
     threads: int | None = None,
 ) -> CopyReport:
@@ -172,6 +198,8 @@ def plan(
         family: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
+        reflink: as for both; the output is taken to be made beside the source.
+        digests: as for both.
         memory: bound of buffers.
         threads: worker threads.
     """
@@ -187,6 +215,8 @@ def plan(
             quantize=quantize,
             family=family,
             max_shard_size=max_file_size,
+            reflink=reflink,
+            digests=digests,
             memory=memory,
             threads=threads,
             dry_run=True,
@@ -200,10 +230,32 @@ def plan(
         dequantize=dequantize,
         family=family,
         max_file_size=max_file_size,
+        reflink=reflink,
+        digests=digests,
         memory=memory,
         threads=threads,
         dry_run=True,
     )
+
+
+def _block(reflink: Reflink, source: Checkpoint, destination: str | Path) -> int | None:
+    """Bytes of the blocks that source and destination can share, None where they cannot or shall not."""
+    if _one_of("reflink", reflink, get_args(Reflink)) == "never":
+        return None
+    # A plan that names no destination is for one beside the source.
+    folder = Path(destination) if str(destination) else source.root.absolute()
+    block = shareable_block((source.root / file for file in source.store.files), folder.parent)
+    if block is None and reflink == "always":
+        raise cannot_share(source.root, folder)
+    return block
+
+
+def _check_sharing(reflink: Reflink, plan: Plan) -> None:
+    if reflink == "always" and not plan.placements:
+        raise UsageError(
+            f"no tensor of {plan.source.root} lies so that the output could share its blocks",
+            hint="tensors that are small, cast or transposed are always copied; --reflink auto does that",
+        )
 
 
 def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
@@ -255,8 +307,16 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]):  # type: ignore[no
     return value
 
 
-def _options(overwrite: bool, threads: int | None, memory: str | int | None, progress: Progress | None) -> CopyOptions:
-    return CopyOptions(overwrite, threads, None if memory is None else parse_size(memory), progress)
+def _options(
+    overwrite: bool,
+    threads: int | None,
+    memory: str | int | None,
+    progress: Progress | None,
+    reflink: Reflink,
+    digests: bool,
+) -> CopyOptions:
+    bound = None if memory is None else parse_size(memory)
+    return CopyOptions(overwrite, threads, bound, progress, strict=reflink == "always", digests=digests)
 
 
 def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
@@ -268,13 +328,16 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
 
 
 def _report(
-    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
+    plan: Plan, destination: str | Path | None, options: CopyOptions, copied: Copied | None, started: float
 ) -> CopyReport:
     source: Checkpoint = plan.source
     dropped = dict(source.dropped)
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
     threads = options.bounded_threads(per_thread)
+    if copied is None:
+        unread = () if options.digests else plan.placements.keys()
+        copied = Copied(frozenset(), plan.nbytes_shared, len(unread) - len(known_digests(plan, unread)))
     return CopyReport(
         str(source.root),
         None if destination is None else str(destination),
@@ -287,7 +350,9 @@ def _report(
         sum(copy.changes_values and not (copy.dequantises or copy.quantises) for copy in plan.copies),
         sum(copy.dequantises for copy in plan.copies),
         sum(copy.quantises for copy in plan.copies),
-        len(rounded),
+        len(copied.rounded),
+        copied.shared,
+        copied.undigested,
         dropped,
         len(source.store.skipped),
         threads * per_thread,

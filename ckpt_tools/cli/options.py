@@ -23,6 +23,14 @@ class QuantizedForm(str, Enum):
     MXFP4 = "mxfp4"
 
 
+class Reflink(str, Enum):
+    """Whether an output shares disk blocks with its source."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 def complete_family(incomplete: str) -> list[str]:
     """Family names that begin with what was typed."""
     from ckpt_tools.families import FAMILIES
@@ -131,6 +139,22 @@ MaxShardSize = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an existing output, which stays until the new one is whole."),
+]
+Sharing = Annotated[
+    Reflink,
+    typer.Option(
+        "--reflink",
+        help="Share disk blocks with the source in place of copying, where the file system can (XFS, Btrfs); always is "
+        "an error where it cannot. Example: --reflink never",
+    ),
+]
+Digests = Annotated[
+    bool,
+    typer.Option(
+        "--digests",
+        help="Read shared tensors, too, to check and record their digests. Default: those that the source's manifest "
+        "records are taken over.",
+    ),
 ]
 Threads = Annotated[
     int | None,

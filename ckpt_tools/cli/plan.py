@@ -38,6 +38,8 @@ def plan(
     family: options.Family = None,
     revision: options.Revision = None,
     max_file_size: options.MaxFileSize = "5GB",
+    reflink: options.Sharing = options.Reflink.AUTO,
+    digests: options.Digests = False,
     memory: options.Memory = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -63,6 +65,8 @@ def plan(
         family=family,
         revision=revision,
         max_file_size=max_file_size,
+        reflink=reflink.value,
+        digests=digests,
         memory=memory,
         threads=threads,
     )

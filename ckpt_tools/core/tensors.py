@@ -5,6 +5,7 @@ Every format reader returns a `Store`, every writer is planned as one, and the e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -36,6 +37,10 @@ class Chunk:
     @property
     def numel(self) -> int:
         return prod(self.sizes)
+
+
+ChunkResidues = Mapping[tuple[str, tuple[int, ...]], int]
+"""By name of a tensor and offsets of a chunk: position in its file modulo 4 KiB, a multiple of 8."""
 
 
 @dataclass(frozen=True, slots=True)

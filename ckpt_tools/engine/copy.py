@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine.cloning import Cloner
 from ckpt_tools.engine.digest import SEGMENT
-from ckpt_tools.engine.ends import Encoded
+from ckpt_tools.engine.ends import Encoded, InPlace, Plain
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
-from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.plan import LeafCopy, Plan
 from ckpt_tools.engine.staging import Staging
 from ckpt_tools.layouts.codecs import SCRATCH
 
@@ -40,12 +41,16 @@ class CopyOptions:
         threads: worker threads, None for the default.
         memory: upper bound of buffers in bytes, None for no bound.
         progress: told of bytes as they are written.
+        strict: placements of the plan that cannot be carried out are an error.
+        digests: leaves that share their blocks with the source are read, too.
     """
 
     overwrite: bool = False
     threads: int | None = None
     memory: int | None = None
     progress: Progress | None = None
+    strict: bool = False
+    digests: bool = False
 
     def bounded_threads(self, per_thread: int = PER_THREAD) -> int:
         """Threads that fit into the memory bound, each holding up to `per_thread` bytes.
@@ -63,6 +68,21 @@ class CopyOptions:
                 hint=f"give --memory {-(-per_thread // (1 << 20))}MiB or more",
             )
         return min(wanted, fitting)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy came to.
+
+    Attributes:
+        rounded: names of the leaves that have values that quantising changed.
+        shared: bytes of the output that share their blocks with the source.
+        undigested: number of leaves whose digest is not known: they were shared, and the source records none.
+    """
+
+    rounded: frozenset[str] = frozenset()
+    shared: int = 0
+    undigested: int = 0
 
 
 def thread_bytes(plan: Plan) -> int:
@@ -94,8 +114,8 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, Path | bytes],
     options: CopyOptions,
-) -> frozenset[str]:
-    """Copies everything into place.
+) -> Copied:
+    """Puts everything into place: shares what can be shared and copies the rest.
 
     Args:
         plan: the proven plan.
@@ -104,30 +124,30 @@ def run_plan(
         side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
         options: how to run.
 
-    Returns:
-        names of the leaves that have values that quantising changed.
-
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
     threads = options.bounded_threads(thread_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
-        done = _bytes_used(staging.path)
-        check_disk(destination, max(0, plan.nbytes_written + SLACK - done))
+        check_disk(destination, _room(plan, plan.nbytes_shared, staging.path))
         with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
+            placed = Cloner(reader, writer, strict=options.strict).run(plan.placements, threads)
+            shared = sum(plan.placements[name].nbytes for name in placed)
+            if shared < plan.nbytes_shared:
+                check_disk(destination, _room(plan, shared, staging.path))
             try:
                 executed = execute(
-                    plan.copies,
+                    _in_place(plan.copies, placed) if options.digests else plan.copies,
                     reader,
                     writer,
                     journal=journal,
                     threads=threads,
                     progress=options.progress,
                     expected=plan.source.digests,
+                    placed=() if options.digests else placed,
                 )
-                manifest.tensors = executed.digests
                 reader.check_unchanged()
             except MismatchError:
                 journal.close()
@@ -135,9 +155,34 @@ def run_plan(
                 raise
             writer.sync()
         journal.close()
+        manifest.tensors = known_digests(plan, placed) | executed.digests
         write_side_files(staging, plan.target.documents, side_files, manifest)
         staging.commit()
-    return executed.rounded
+    return Copied(executed.rounded, shared, len(plan.copies) - len(manifest.tensors))
+
+
+def _room(plan: Plan, shared: int, staging: Path) -> int:
+    """Bytes that the disk has to have free for what is not shared and not there yet."""
+    used = sum(os.stat(p).st_blocks * 512 for p in staging.rglob("*") if p.is_file())
+    # Blocks that an interrupted run shared count as used, although they took no room.
+    return max(0, plan.nbytes_written - shared + SLACK - max(0, used - shared))
+
+
+def _in_place(copies: Sequence[LeafCopy], placed: Collection[str]) -> list[LeafCopy]:
+    """The copies, of which those of leaves that are in place write nothing."""
+    return [
+        replace(copy, target=InPlace(copy.target.extents, copy.target.dtype, copy.target.itemsize))
+        if copy.name in placed and isinstance(copy.target, Plain)
+        else copy
+        for copy in copies
+    ]
+
+
+def known_digests(plan: Plan, placed: Collection[str]) -> dict[str, str]:
+    """Digests that the source's manifest records of leaves that are taken over without being read."""
+    recorded, names = plan.source.digests or {}, plan.source.shared
+    found = {name: recorded.get(name) or recorded.get(names.get(name, "")) for name in placed}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def write_frames(target: TargetFiles, writer: FileWriter) -> None:
@@ -176,7 +221,3 @@ def fingerprint(plan: Plan, destination: Path) -> str:
     for tensor in plan.target.store.tensors.values():
         state.update(repr((tensor.name, tensor.dtype.name, tensor.shape, tensor.chunks)).encode())
     return state.hexdigest()
-
-
-def _bytes_used(folder: Path) -> int:
-    return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -105,6 +105,7 @@ def execute(
     threads: int | None = None,
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
+    placed: Collection[str] = (),
 ) -> Executed:
     """Copies the leaves.
 
@@ -116,24 +117,29 @@ def execute(
         threads: number of worker threads.
         progress: told of bytes as they are written, those of a resumed run's journal at once.
         expected: digests of leaves in the source, checked for leaves whose values do not change.
+        placed: leaves that are in place already; they are not read, and have no digest.
 
     Raises:
         MismatchError: a leaf does not have the digest that the source's manifest records.
         StorageError: a read or a write failed.
     """
     journal = Journal() if journal is None else journal
+    moved = [copy for copy in copies if copy.name not in placed]
+
+    def tasks() -> Iterator[Task]:
+        # Numbers do not depend on what is placed: a rerun may find more or less of it.
+        return (task for task in tasks_of(copies) if task.copy.name not in placed)
+
     if progress is not None:
-        progress.start("copying", sum(copy.items * copy.source.itemsize for copy in copies))
-        progress.advance(
-            sum((t.high - t.low) * t.copy.source.itemsize for t in tasks_of(copies) if t.number in journal.done)
-        )
-    pending = (task for task in tasks_of(copies) if task.number not in journal.done)
+        progress.start("copying", sum(copy.items * copy.source.itemsize for copy in moved))
+        progress.advance(sum((t.high - t.low) * t.copy.source.itemsize for t in tasks() if t.number in journal.done))
+    pending = (task for task in tasks() if task.number not in journal.done)
     run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
-    for task in tasks_of(copies):
+    for task in tasks():
         segments.setdefault(task.copy.name, []).append(journal.done[task.number])
-    for copy in copies:
+    for copy in moved:
         digest = digests[copy.name] = combine([outcome.digest for outcome in segments[copy.name]])
         recorded = None if expected is None or copy.changes_values else expected.get(copy.name)
         if recorded is not None and recorded != digest:

@@ -54,9 +54,13 @@ class FileReader:
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, file: str, position: int, into: memoryview) -> None:
-        """Fills `into` from byte `position` of `file` on."""
-        fd = self._descriptor(file)
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def read(self, file: str, position: int, into: memoryview, *, ahead: bool = True) -> None:
+        """Fills `into` from byte `position` of `file` on; what follows is not wanted without `ahead`."""
+        fd = self.descriptor(file)
         path = self._root / file
         with storage_errors("read", path):
             done = 0
@@ -68,7 +72,8 @@ class FileReader:
                         hint="the file was truncated after it was opened; fetch it again",
                     )
                 done += count
-        self._read_ahead(file, fd, position + done)
+        if ahead:
+            self._read_ahead(file, fd, position + done)
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
@@ -101,7 +106,8 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str) -> int:
+    def descriptor(self, file: str) -> int:
+        """The open file, which stays the reader's to close."""
         found = self._open.get(file)
         if found is None:
             with self._lock, storage_errors("open", self._root / file):
@@ -124,19 +130,23 @@ class FileWriter:
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
 
+    @property
+    def root(self) -> Path:
+        return self._root
+
     def create(self, file: str, size: int) -> None:
         """Makes `file` with `size` bytes of space, or opens the one of that size that an interrupted run left."""
         path = self._root / file
         with storage_errors("create", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = self._descriptor(file, os.O_CREAT)
+            fd = self.descriptor(file, os.O_CREAT)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, size)
 
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes all of `data` at byte `position` of `file`."""
-        fd = self._descriptor(file)
+        fd = self.descriptor(file)
         with storage_errors("write", self._root / file):
             done = 0
             while done < len(data):
@@ -159,7 +169,8 @@ class FileWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str, flags: int = 0) -> int:
+    def descriptor(self, file: str, flags: int = 0) -> int:
+        """The open file, which stays the writer's to close."""
         found = self._open.get(file)
         if found is None:
             with self._lock:

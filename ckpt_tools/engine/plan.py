@@ -7,7 +7,7 @@ source exactly once, every byte of every target file is written exactly once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError
@@ -17,6 +17,7 @@ from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded, End, Plain, decoded_as, leaf_ends, plains, prove_end
 from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.prove import prove_chunks, prove_files
+from ckpt_tools.engine.sharing import Placement
 from ckpt_tools.layouts.layout import Layout, Side
 
 
@@ -67,16 +68,23 @@ class Plan:
         target: the files to write.
         side: side of the layout that the target holds.
         copies: one for each leaf, ordered by where its source begins, so that files are read forward.
+        placements: leaves of `copies` that can share their blocks with the source, by name.
     """
 
     source: Checkpoint
     target: TargetFiles
     side: Side
     copies: list[LeafCopy]
+    placements: dict[str, Placement] = field(default_factory=dict)
 
     @property
     def nbytes_written(self) -> int:
         return sum(self.target.store.files.values())
+
+    @property
+    def nbytes_shared(self) -> int:
+        """Bytes that need no room of their own where all placements can be carried out."""
+        return sum(placement.nbytes for placement in self.placements.values())
 
 
 def target_dtypes(source: Checkpoint, dtype: DType | None) -> dict[str, DType]:

@@ -7,12 +7,13 @@ from math import prod
 from typing import Literal
 
 from ckpt_tools.core.dtypes import DType
-from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.core.tensors import Chunk, ChunkResidues, StoredTensor, TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.plan import Plan, native_dtypes, plan_copy, target_dtypes
 from ckpt_tools.engine.sharding import ShardingMesh, boxes
+from ckpt_tools.engine.sharing import placement_of, residues
 from ckpt_tools.formats import dcp, hf, sharded_safetensors
-from ckpt_tools.layouts.layout import Layout
+from ckpt_tools.layouts.layout import Layout, Side
 
 NativeFormat = Literal["dcp", "safetensors"]
 Placement = tuple[tuple[int, ...], tuple[int, ...], str]
@@ -26,8 +27,12 @@ def plan_native(
     file_format: NativeFormat,
     dtype: DType | None,
     max_file_size: int,
+    block: int | None = None,
 ) -> Plan:
-    """The plan of a native checkpoint, sharded for `mesh` or whole in files of at most `max_file_size` bytes."""
+    """The plan of a native checkpoint, sharded for `mesh` or whole in files of at most `max_file_size` bytes.
+
+    With `block`, the size of the blocks that source and target can share, tensors lie where most of them are.
+    """
     leaf_dtypes = target_dtypes(source, dtype)
     dtypes = native_dtypes(source.layout, leaf_dtypes)
     place = _whole(source.layout, dtypes, max_file_size) if mesh is None else _sharded(source.layout, mesh)
@@ -38,12 +43,18 @@ def plan_native(
             file = f"shard-{number + 1:05d}-model-00001-of-00001.safetensors"
         tensors[name][2].append((offsets, sizes, file))
     planner = dcp.plan_dcp if file_format == "dcp" else sharded_safetensors.plan_sharded
-    target: TargetFiles = planner(tensors)
-    return plan_copy(source, target, "native")
+    wanted = None if block is None else _residues(source, source.layout, "native", tensors)
+    target: TargetFiles = planner(tensors, wanted)
+    return _shared(plan_copy(source, target, "native"), block)
 
 
 def plan_huggingface(
-    source: Checkpoint, *, dtype: DType | None, max_shard_size: int, layout: Layout | None = None
+    source: Checkpoint,
+    *,
+    dtype: DType | None,
+    max_shard_size: int,
+    layout: Layout | None = None,
+    block: int | None = None,
 ) -> Plan:
     """The plan of a Hugging Face repository in shards of at most `max_shard_size` bytes.
 
@@ -52,10 +63,36 @@ def plan_huggingface(
         dtype: that plain floating-point leaves are cast to, or None.
         max_shard_size: bytes of tensor data in one file.
         layout: of the target where its form differs from the source's.
+        block: size of the blocks that source and target can share, None where they cannot.
     """
     layout = layout or source.layout
     tensors = repository_tensors(layout, target_dtypes(source, dtype))
-    return plan_copy(source, hf.plan_repository(tensors, max_shard_size=max_shard_size), "hf", layout)
+    wanted = None
+    if block is not None:
+        whole: Tensors = {name: (kind, size, [((0,) * len(size), size, "")]) for name, (kind, size) in tensors.items()}
+        wanted = {name: residue for (name, _), residue in _residues(source, layout, "hf", whole).items()}
+    target = hf.plan_repository(tensors, max_shard_size=max_shard_size, residues=wanted)
+    return _shared(plan_copy(source, target, "hf", layout), block)
+
+
+def _residues(source: Checkpoint, layout: Layout, side: Side, tensors: Tensors) -> ChunkResidues:
+    """Where chunks should lie in their files, whichever those are, to share most of their bytes with the source."""
+    stored = (
+        StoredTensor(
+            *(name, dtype, shape),
+            tuple(Chunk(offsets, sizes, f"{name} {n}", 0) for n, (offsets, sizes, _) in enumerate(chunks)),
+        )
+        for name, (dtype, shape, chunks) in tensors.items()
+    )
+    return residues(stored, layout, side, source.ends())
+
+
+def _shared(plan: Plan, block: int | None) -> Plan:
+    """The plan with the leaves that can share blocks of that size."""
+    if block is not None:
+        found = {copy.name: placement_of(copy.source, copy.target, block) for copy in plan.copies if copy.target}
+        plan.placements = {name: placement for name, placement in found.items() if placement is not None}
+    return plan
 
 
 def repository_tensors(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str, tuple[DType, tuple[int, ...]]]:

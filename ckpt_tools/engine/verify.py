@@ -6,7 +6,7 @@ Both comparisons stream: two windows are in memory for each thread, never a tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, list
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.ends import Digest, decoded_as, plain
+from ckpt_tools.engine.ends import Digest, decoded_as, plain, plains
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
 from ckpt_tools.engine.extents import addressable, leaf_extents
 from ckpt_tools.engine.files import FileReader, storage_errors
@@ -61,9 +61,11 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
         raise FormatError(f"{checkpoint.root}: the manifest's digests are {manifest.digest!r}, not {ALGORITHM!r}")
     done = []
     if checkpoint.digests is not None:
-        found = leaf_digests(checkpoint, threads=threads, progress=progress)
+        found = leaf_digests(checkpoint, checkpoint.digests, threads=threads, progress=progress)
         _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
+        if unknown := len(checkpoint.layout.leaves.keys() - found.keys() - checkpoint.shared.keys()):
+            done.append(f"digests: none recorded for {unknown:,} tensors, which shared their blocks with the source")
     if manifest.blobs:
         count = _verify_blobs(checkpoint, threads, progress)
         done.append(f"digests: {count:,} blobs have the bytes that training saved")
@@ -85,9 +87,11 @@ def _compare(found: Mapping[str, str], recorded: Mapping[str, str], what: str, r
         )
 
 
-def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progress | None) -> dict[str, str]:
-    """The digest of every leaf, read through the layout."""
-    copies = _reads(checkpoint)
+def leaf_digests(
+    checkpoint: Checkpoint, names: Collection[str], *, threads: int | None, progress: Progress | None
+) -> dict[str, str]:
+    """The digests of those of the named leaves that there are, read through the layout."""
+    copies = [copy for copy in _reads(checkpoint) if copy.name in names]
     found: dict[tuple[str, int], bytes] = {}
 
     with FileReader(checkpoint.root) as reader:
@@ -103,7 +107,8 @@ def leaf_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Progr
             found[task.copy.name, task.low] = digest.digest()
 
         if progress is not None:
-            progress.start("hashing", checkpoint.store.nbytes)
+            parts = ((end.itemsize, part) for copy in copies for end in plains(copy.source) for part in end.extents)
+            progress.start("hashing", sum(itemsize * part.numel for itemsize, part in parts))
         run_threads(tasks_of(copies), act, threads)
         reader.check_unchanged()
     return {c.name: combine([found[c.name, low] for low, _ in c.segments()]) for c in copies}

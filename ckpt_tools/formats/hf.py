@@ -179,6 +179,7 @@ def plan_repository(
     *,
     max_shard_size: int,
     metadata: Mapping[str, str] | None = None,
+    residues: Mapping[str, int] | None = None,
 ) -> TargetFiles:
     """The files of a new repository: shards filled in the order given, and their index.
 
@@ -186,6 +187,7 @@ def plan_repository(
         tensors: dtype and shape by name.
         max_shard_size: bytes of tensor data in one file; a larger tensor gets a file of its own.
         metadata: `__metadata__` of each file; `{"format": "pt"}` by default, without which readers refuse.
+        residues: position modulo 4 KiB that a tensor should have.
 
     Returns:
         one `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on with the index document. The root of
@@ -205,7 +207,7 @@ def plan_repository(
         total += nbytes
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     described = {"format": "pt"} if metadata is None else dict(metadata)
-    target = plan_files(dict(zip(names, shards, strict=True)), described)
+    target = plan_files(dict(zip(names, shards, strict=True)), described, residues or {})
     target.store.tensors = {name: target.store.tensors[name] for name in tensors}
     if len(shards) > 1:
         weight_map = {name: tensor.chunks[0].file for name, tensor in target.store.tensors.items()}
@@ -219,13 +221,17 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def plan_files(
-    files: Mapping[str, Mapping[str, tuple[DType, tuple[int, ...]]]], metadata: Mapping[str, str]
+    files: Mapping[str, Mapping[str, tuple[DType, tuple[int, ...]]]],
+    metadata: Mapping[str, str],
+    residues: Mapping[str, int],
 ) -> TargetFiles:
     """Safetensors files with the tensors given for each, all with the same `__metadata__`."""
     store = Store(Path(), "safetensors", {}, {}, metadata=dict(metadata))
     framing = []
     for file, tensors in files.items():
-        header, positions, size = plan_file(tensors, metadata)
+        header, positions, size = plan_file(
+            tensors, metadata, {name: residues[name] for name in tensors if name in residues}
+        )
         framing.append(Framing(file, 0, header))
         store.files[file] = size
         for name, (dtype, shape) in tensors.items():
