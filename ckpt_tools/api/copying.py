@@ -251,7 +251,7 @@ def _block(reflink: Reflink, source: Checkpoint, destination: str | Path) -> int
 
 
 def _check_sharing(reflink: Reflink, plan: Plan) -> None:
-    if reflink == "always" and not plan.placements:
+    if reflink == "always" and not plan.sharing.leaves:
         raise UsageError(
             f"no tensor of {plan.source.root} lies so that the output could share its blocks",
             hint="tensors that are small, cast or transposed are always copied; --reflink auto does that",
@@ -336,8 +336,8 @@ def _report(
     per_thread = thread_bytes(plan)
     threads = options.bounded_threads(per_thread)
     if copied is None:
-        unread = () if options.digests else plan.placements.keys()
-        copied = Copied(frozenset(), plan.nbytes_shared, len(unread) - len(known_digests(plan, unread)))
+        unread = () if options.digests else plan.sharing.leaves.keys()
+        copied = Copied(frozenset(), plan.sharing.nbytes(), len(unread) - len(known_digests(plan, unread)))
     return CopyReport(
         str(source.root),
         None if destination is None else str(destination),

@@ -1,4 +1,4 @@
-"""Puts leaves into place by sharing disk blocks: `FICLONERANGE`, as XFS, Btrfs and others have it.
+"""Puts tensors into place by sharing disk blocks: `FICLONERANGE`, as XFS, Btrfs and others have it.
 
 Whether two files can share blocks is found by trying. What is shared is copied by the file system when either side is
 written later, so the source may be changed or deleted afterwards.
@@ -12,16 +12,15 @@ import os
 import struct
 import sys
 import tempfile
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.paths import open_input
 from ckpt_tools.core.scratch import scratch
-from ckpt_tools.engine.execute import WINDOW, run_threads
+from ckpt_tools.engine.execute import WINDOW
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
-from ckpt_tools.engine.sharing import Placement, Run
+from ckpt_tools.engine.sharing import Run, Sharing
 
 _FICLONERANGE = 0x4020940D
 _ARGUMENTS = struct.Struct("=qQQQ")
@@ -94,65 +93,47 @@ def shareable_block(files: Iterable[Path], folder: Path) -> int | None:
     return None
 
 
-class Cloner:
-    """Carries placements out, leaf by leaf. Safe to use from several threads.
+def share(sharing: Sharing, reader: FileReader, writer: FileWriter, *, strict: bool = False) -> frozenset[str]:
+    """Puts the leaves of a plan into place, one system call a run. Doing it again does no harm.
 
     Args:
+        sharing: the plan.
         reader: of the source's files.
         writer: of the target's files, which have their final sizes.
         strict: sharing that does not work is an error.
+
+    Returns:
+        files of the source that cannot share their blocks after all; what lies in them is to be copied.
+
+    Raises:
+        UsageError: `strict`, and there is such a file.
+        StorageError: a system call failed for another reason.
     """
+    for run in sharing.copied:
+        reader.expect(run.source, run.source_position, run.nbytes)
+    refused: set[str] = set()
+    for run in sharing.shared:
+        if run.source not in refused and not _share(run, reader, writer):
+            refused.add(run.source)
+            if strict:
+                raise cannot_share(reader.root / run.source, writer.root)
+    for run in sharing.copied:
+        if run.source not in refused:
+            _copy(run, reader, writer)
+    return frozenset(refused)
 
-    def __init__(self, reader: FileReader, writer: FileWriter, *, strict: bool = False) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._strict = strict
-        self._refused: set[str] = set()
 
-    def run(self, placements: Mapping[str, Placement], threads: int | None) -> frozenset[str]:
-        """Names of the leaves that are in place afterwards; the others are to be copied.
+def _share(run: Run, reader: FileReader, writer: FileWriter) -> bool:
+    source, target = reader.descriptor(run.source), writer.descriptor(run.target)
+    with storage_errors("share blocks with", writer.root / run.target):
+        return clone_range(source, run.source_position, target, run.target_position, run.nbytes)
 
-        Raises:
-            UsageError: `strict`, and a leaf could not be shared.
-            StorageError: a system call failed for other reasons than that files cannot share blocks.
-        """
-        placed: set[str] = set()
-        lock = threading.Lock()
 
-        def act(item: tuple[str, Placement]) -> None:
-            name, placement = item
-            if self._place(placement):
-                with lock:
-                    placed.add(name)
-
-        run_threads(iter(placements.items()), act, threads)
-        return frozenset(placed)
-
-    def _place(self, placement: Placement) -> bool:
-        if not all(map(self._share, placement.shared)):
-            return False
-        for run in placement.copied:
-            self._copy(run)
-        return True
-
-    def _share(self, run: Run) -> bool:
-        # A file that refused once will do so again: thousands of tries would only cost time.
-        if run.source in self._refused:
-            return False
-        source, target = self._reader.descriptor(run.source), self._writer.descriptor(run.target)
-        with storage_errors("share blocks with", self._writer.root / run.target):
-            if clone_range(source, run.source_position, target, run.target_position, run.nbytes):
-                return True
-        self._refused.add(run.source)
-        if self._strict:
-            raise cannot_share(self._reader.root / run.source, self._writer.root)
-        return False
-
-    def _copy(self, run: Run) -> None:
-        for done in range(0, run.nbytes, WINDOW):
-            data = scratch("window", min(WINDOW, run.nbytes - done))
-            self._reader.read(run.source, run.source_position + done, data, ahead=False)
-            self._writer.write(run.target, run.target_position + done, data)
+def _copy(run: Run, reader: FileReader, writer: FileWriter) -> None:
+    for done in range(0, run.nbytes, WINDOW):
+        data = scratch("window", min(WINDOW, run.nbytes - done))
+        reader.read(run.source, run.source_position + done, data)
+        writer.write(run.target, run.target_position + done, data)
 
 
 def cannot_share(source: Path, destination: Path) -> UsageError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
-from ckpt_tools.engine.cloning import Cloner
+from ckpt_tools.engine.cloning import share
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded, InPlace, Plain
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
@@ -41,7 +41,7 @@ class CopyOptions:
         threads: worker threads, None for the default.
         memory: upper bound of buffers in bytes, None for no bound.
         progress: told of bytes as they are written.
-        strict: placements of the plan that cannot be carried out are an error.
+        strict: blocks that the plan shares and that cannot be shared are an error.
         digests: leaves that share their blocks with the source are read, too.
     """
 
@@ -130,12 +130,14 @@ def run_plan(
     threads = options.bounded_threads(thread_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
-        check_disk(destination, _room(plan, plan.nbytes_shared, staging.path))
-        with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
+        check_disk(destination, _room(plan, plan.sharing.nbytes(), staging.path))
+        reads_most = options.digests or plan.sharing.nbytes() < plan.nbytes_written // 2
+        with FileReader(plan.source.root, ahead=reads_most) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
-            placed = Cloner(reader, writer, strict=options.strict).run(plan.placements, threads)
-            shared = sum(plan.placements[name].nbytes for name in placed)
-            if shared < plan.nbytes_shared:
+            refused = share(plan.sharing, reader, writer, strict=options.strict)
+            placed = {name for name, files in plan.sharing.leaves.items() if refused.isdisjoint(files)}
+            shared = plan.sharing.nbytes(refused)
+            if refused:
                 check_disk(destination, _room(plan, shared, staging.path))
             try:
                 executed = execute(

@@ -46,10 +46,15 @@ class FileReader:
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
     while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
     modification time and inode with those at opening.
+
+    Args:
+        root: directory of the files.
+        ahead: most of the files will be read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, ahead: bool = True) -> None:
         self._root = root
+        self._ahead = ahead
         self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -58,8 +63,8 @@ class FileReader:
     def root(self) -> Path:
         return self._root
 
-    def read(self, file: str, position: int, into: memoryview, *, ahead: bool = True) -> None:
-        """Fills `into` from byte `position` of `file` on; what follows is not wanted without `ahead`."""
+    def read(self, file: str, position: int, into: memoryview) -> None:
+        """Fills `into` from byte `position` of `file` on."""
         fd = self.descriptor(file)
         path = self._root / file
         with storage_errors("read", path):
@@ -72,8 +77,13 @@ class FileReader:
                         hint="the file was truncated after it was opened; fetch it again",
                     )
                 done += count
-        if ahead:
+        if self._ahead:
             self._read_ahead(file, fd, position + done)
+
+    def expect(self, file: str, position: int, nbytes: int) -> None:
+        """Asks the kernel for a range that will be read soon; the disk can then work on many at once."""
+        if _ADVISE is not None:
+            _ADVISE(self.descriptor(file), position, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
