@@ -125,7 +125,7 @@ def share(sharing: Sharing, reader: FileReader, writer: FileWriter, *, strict: b
 
 def _share(run: Run, reader: FileReader, writer: FileWriter) -> bool:
     source, target = reader.descriptor(run.source), writer.descriptor(run.target)
-    with storage_errors("share blocks with", writer.root / run.target):
+    with storage_errors("share blocks with", writer.root, run.target):
         return clone_range(source, run.source_position, target, run.target_position, run.nbytes)
 
 

@@ -88,9 +88,11 @@ class Copied:
 def thread_bytes(plan: Plan) -> int:
     """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large, and
     transposed leaves are held by segments, as they come and as they go."""
-    ends = (end for copy in plan.copies for end in (copy.source, copy.target) if end is not None)
+    # What is shared is neither transposed nor encoded.
+    moved = [copy for copy in plan.copies if copy.name not in plan.sharing.leaves]
+    ends = (end for copy in moved for end in (copy.source, copy.target) if end is not None)
     plain = PER_THREAD + 3 * SEGMENT if any(end.is_transposed for end in ends) else PER_THREAD
-    encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
+    encoded = (window_items(c) for c in moved if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
     items = max(encoded, default=0)
     return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
 

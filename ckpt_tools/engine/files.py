@@ -31,11 +31,12 @@ _HINTS = {
 
 
 @contextmanager
-def storage_errors(action: str, path: Path) -> Iterator[None]:
-    """Turns an `OSError` inside into a `StorageError` that names the action and the file."""
+def storage_errors(action: str, *parts: Path | str) -> Iterator[None]:
+    """Turns an `OSError` inside into a `StorageError` that names the action and the file, given as parts of a path."""
     try:
         yield
     except OSError as error:
+        path = Path(*parts)  # not before: joining paths would take longer than a small read
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno or 0)) from error
 
@@ -66,14 +67,14 @@ class FileReader:
     def read(self, file: str, position: int, into: memoryview) -> None:
         """Fills `into` from byte `position` of `file` on."""
         fd = self.descriptor(file)
-        path = self._root / file
-        with storage_errors("read", path):
+        with storage_errors("read", self._root, file):
             done = 0
             while done < len(into):
                 count = os.preadv(fd, [into[done:]], position + done)
                 if count == 0:
+                    rest = len(into) - done
                     raise StorageError(
-                        f"{path} ends at byte {position + done:,}, {len(into) - done:,} bytes before a tensor does",
+                        f"{self._root / file} ends at byte {position + done:,}, {rest:,} bytes before a tensor does",
                         hint="the file was truncated after it was opened; fetch it again",
                     )
                 done += count
@@ -157,7 +158,7 @@ class FileWriter:
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes all of `data` at byte `position` of `file`."""
         fd = self.descriptor(file)
-        with storage_errors("write", self._root / file):
+        with storage_errors("write", self._root, file):
             done = 0
             while done < len(data):
                 done += os.pwrite(fd, data[done:], position + done)

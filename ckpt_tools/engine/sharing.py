@@ -74,9 +74,19 @@ def plan_sharing(ends: Iterable[tuple[str, End, End]], block: int) -> Sharing:
         if shared and shared >= MOSTLY * sum(run.nbytes for run in runs):
             leaves[name] = tuple(dict.fromkeys(run.source for run in runs))
             found += runs
+    shares: list[Run] = []
+    copies: list[Run] = []
     # Neighbours that stay neighbours have no edges between them: fewer calls, and fewer blocks that are not shared.
-    whole = list(_merged(found))
-    return Sharing(leaves, tuple(_shared(whole, block)), tuple(_rest(whole, block)))
+    for run in _merged(found):
+        lead, inside = _blocks(run, block)
+        for parts, skipped, nbytes in (
+            (copies, 0, lead),
+            (shares, lead, inside),
+            (copies, lead + inside, run.nbytes - lead - inside),
+        ):
+            if nbytes:
+                parts.append(_part(run, skipped, nbytes))
+    return Sharing(leaves, tuple(shares), tuple(copies))
 
 
 def _blocks(run: Run, block: int) -> tuple[int, int]:
@@ -85,21 +95,6 @@ def _blocks(run: Run, block: int) -> tuple[int, int]:
     inside = (run.nbytes - lead) // block * block
     fits = inside >= max(WORTH, block) and (run.source_position - run.target_position) % block == 0
     return (lead, inside) if fits else (0, 0)
-
-
-def _shared(runs: Iterable[Run], block: int) -> Iterator[Run]:
-    for run in runs:
-        lead, inside = _blocks(run, block)
-        if inside:
-            yield _part(run, lead, inside)
-
-
-def _rest(runs: Iterable[Run], block: int) -> Iterator[Run]:
-    for run in runs:
-        lead, inside = _blocks(run, block)
-        for skipped, nbytes in ((0, lead), (lead + inside, run.nbytes - lead - inside)):
-            if nbytes:
-                yield _part(run, skipped, nbytes)
 
 
 def _part(run: Run, skipped: int, nbytes: int) -> Run:

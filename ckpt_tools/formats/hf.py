@@ -17,6 +17,7 @@ from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, listed
 from ckpt_tools.core.paths import safe_join
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
+from ckpt_tools.formats.arrangement import congruent_files
 from ckpt_tools.formats.documents import read_json_object
 from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_header
 
@@ -187,7 +188,7 @@ def plan_repository(
         tensors: dtype and shape by name.
         max_shard_size: bytes of tensor data in one file; a larger tensor gets a file of its own.
         metadata: `__metadata__` of each file; `{"format": "pt"}` by default, without which readers refuse.
-        residues: position modulo 4 KiB that a tensor should have.
+        residues: position modulo 4 KiB that a tensor should have. Those that no one file can have get several.
 
     Returns:
         one `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on with the index document. The root of
@@ -196,22 +197,24 @@ def plan_repository(
     if max_shard_size <= 0:
         raise UsageError(f"the shard size must be positive, not {max_shard_size}")
     shards: list[dict[str, tuple[DType, tuple[int, ...]]]] = [{}]
-    filled = total = 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = dtype.nbytes(prod(shape))
-        if filled and filled + nbytes > max_shard_size:
+    sizes = {name: dtype.nbytes(prod(shape)) for name, (dtype, shape) in tensors.items()}
+    for group in congruent_files(sizes, residues) if residues else [list(tensors)]:
+        if shards[-1]:
             shards.append({})
-            filled = 0
-        shards[-1][name] = (dtype, shape)
-        filled += nbytes
-        total += nbytes
+        filled = 0
+        for name in group:
+            if filled and filled + sizes[name] > max_shard_size:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = tensors[name]
+            filled += sizes[name]
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     described = {"format": "pt"} if metadata is None else dict(metadata)
     target = plan_files(dict(zip(names, shards, strict=True)), described, residues or {})
     target.store.tensors = {name: target.store.tensors[name] for name in tensors}
     if len(shards) > 1:
         weight_map = {name: tensor.chunks[0].file for name, tensor in target.store.tensors.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         target.documents[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
     return target
 
