@@ -7,12 +7,12 @@ written later, so the source may be changed or deleted afterwards.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 import sys
 import tempfile
 from collections.abc import Iterable
+from fcntl import ioctl
 from pathlib import Path
 
 from ckpt_tools.core.errors import UsageError
@@ -55,7 +55,7 @@ def clone_range(source: int, source_position: int, target: int, target_position:
     if sys.platform != "linux":
         return False
     try:
-        fcntl.ioctl(target, _FICLONERANGE, _ARGUMENTS.pack(source, source_position, nbytes, target_position))
+        ioctl(target, _FICLONERANGE, _ARGUMENTS.pack(source, source_position, nbytes, target_position))
     except OSError as error:
         if error.errno in _CANNOT:
             return False

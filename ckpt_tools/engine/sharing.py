@@ -23,7 +23,7 @@ WORTH = 64 << 10
 """Bytes of the shortest run that is shared: below, copying costs no more than another system call and extent."""
 MOSTLY = 0.75
 """Part of a leaf that has to be shared; a leaf with less is copied, and read for its digest, as a whole."""
-SPLIT = 8 << 20
+SPLIT = 1 << 20
 """Bytes that have to lie at another residue than their neighbours before a chunk is split for their sake."""
 
 
@@ -165,9 +165,9 @@ def split_rows(parts: Iterable[Span], row: int) -> list[tuple[int, int]]:
     """
     groups: list[list[Span]] = []
     for part in parts:
-        before = groups[-1][-1] if groups else None
-        if before and (part.residue == before.residue or part.low // row < -(-before.high // row)):
-            groups[-1].append(part)
+        last = groups[-1] if groups else None
+        if last and (part.residue == last[0].residue or part.low // row < -(-last[-1].high // row)):
+            last.append(part)
         else:
             groups.append([part])
     kept: list[list[Span]] = []
