@@ -78,18 +78,18 @@ def shareable_block(files: Iterable[Path], folder: Path) -> int | None:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     for path in files:
-        fd = open_input(path)
+        with storage_errors("open", path):
+            source = open_input(path)
         try:
-            block = block_size(fd)
-            if os.fstat(fd).st_size < block:
-                continue
-            with tempfile.TemporaryFile(dir=folder) as target:
-                return block if clone_range(fd, 0, target.fileno(), 0, block) else None
+            block = block_size(source)
+            if os.fstat(source).st_size >= block:
+                with tempfile.TemporaryFile(dir=folder) as target:
+                    return block if clone_range(source, 0, target.fileno(), 0, block) else None
         except OSError:
             # A full or read-only file system speaks for itself when the copy begins.
             return None
         finally:
-            os.close(fd)
+            os.close(source)
     return None
 
 

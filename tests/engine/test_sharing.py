@@ -173,6 +173,23 @@ def test_the_source_can_be_changed_and_deleted_afterwards(root: Path) -> None:
     assert contents(root / "back") == kept
 
 
+def test_holes_of_the_source_are_zeros(root: Path) -> None:
+    source = ours(root / "source", vocab_size=2048)
+    tensor = open_checkpoint(source).store.tensors["model.embed_tokens.weight"]
+    (chunk,) = tensor.chunks
+    data = (source / chunk.file).read_bytes()
+    begin, end = chunk.position + 5 * BLOCK, chunk.position + tensor.nbytes - BLOCK
+    with open(source / chunk.file, "wb") as file:
+        file.write(data[:begin])
+        file.seek(end)
+        file.write(data[end:])
+    assert convert(source, root / "native").shared
+    consolidate(root / "native", root / "back")
+    values = tensor_bytes(root / "back")
+    assert values == tensor_bytes(source)
+    assert bytes(end - begin) in values["model.embed_tokens.weight"]
+
+
 @pytest.mark.parametrize("call", [0, 1, 7, 12])
 def test_an_interrupted_run_resumes(root: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     source = published(root / "source")
