@@ -70,6 +70,7 @@ def _from(
             groups[residues[name]].append(name)
         elif sizes[name] % ALIGNMENT:
             movers[sizes[name] % ALIGNMENT].append(name)
+    left = {residue: sum(sizes[name] for name in group) for residue, group in groups.items()}
     order: list[str] = []
     at, good = start, 0
     way: tuple[int, ...] | None = ()
@@ -81,11 +82,13 @@ def _from(
         count = next((i for i, name in enumerate(group, 1) if sizes[name] % ALIGNMENT), len(group))
         # One of a size that moves the residue ends the group; what is left wants to be reached again.
         order += group[:count]
-        good += sum(sizes[name] for name in group[:count])
+        placed = sum(sizes[name] for name in group[:count])
+        good, left[at] = good + placed, left[at] - placed
         if group[count:]:
             groups[at] = group[count:]
+        else:
+            del left[at]
         at = (at + sizes[group[count - 1]]) % ALIGNMENT
-        left = {residue: sum(sizes[name] for name in group) for residue, group in groups.items()}
         way = _way(at, left, {size: len(names) for size, names in movers.items()})
     return good, order
 
