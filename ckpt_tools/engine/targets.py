@@ -105,7 +105,7 @@ def _congruent(
         cut[name] = (dtype, shape, [])
         for number, (offsets, sizes, file) in enumerate(chunks):
             parts = found.get(f"{name} {number}")
-            if parts is None or not split:
+            if parts is None or not split or dtype.bits % 8:
                 cut[name][2].append((offsets, sizes, file))
                 if parts is not None:
                     residues[name, offsets] = best_residue(parts)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from ckpt_tools import CopyReport, consolidate, convert, plan, verify
+from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import CkptError, InputChangedError, MismatchError, ResourceError, StorageError, UsageError
 from ckpt_tools.engine import cloning, sharing
 from ckpt_tools.engine.checkpoint import open_checkpoint
@@ -24,7 +26,7 @@ from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.sharding import parse_mesh
 from ckpt_tools.engine.sharing import NOTHING, Span, split_rows
 from ckpt_tools.engine.targets import plan_native
-from tests.checkpoints import make_repository, tensor_bytes
+from tests.checkpoints import make_repository, tensor_bytes, write_repository
 from tests.engine.file_systems import BLOCK, StandIn, mounted, stand_in
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "moe_intermediate_size": 96, "intermediate_size": 256, "vocab_size": 256}
@@ -56,9 +58,8 @@ def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def root(disk: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    folder = disk / str(abs(hash(request.node.name)))
-    folder.mkdir()
+def root(disk: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=disk))
     yield folder
     shutil.rmtree(folder)
 
@@ -416,6 +417,18 @@ def test_shared_bytes_need_no_free_disk(tmp_path: Path, double: StandIn, monkeyp
     double.fails, double.calls = {0: 0}, 0
     with pytest.raises(CkptError, match="free"):
         convert(source, tmp_path / "other")
+
+
+@pytest.mark.usefixtures("double")
+def test_elements_narrower_than_a_byte_and_models_of_no_family_are_shared(tmp_path: Path) -> None:
+    tensors = {"packed": (DTYPES["F4"], (2, 40961)), "flat": (DTYPES["I64"], (20_000,)), "scalar": (DTYPES["F32"], ())}
+    source = write_repository(tmp_path / "source", tensors, {"model_type": "somebody-elses"}, max_shard_size=10**6)
+    report = convert(source, tmp_path / "native", file_format="safetensors")
+    assert share_of(report) > 0.9
+    assert consolidate(tmp_path / "native", tmp_path / "back").shared
+    assert tensor_bytes(tmp_path / "back") == tensor_bytes(source)
+    with pytest.raises(UsageError, match="cannot hold F4"):
+        convert(source, tmp_path / "dcp")
 
 
 @pytest.mark.usefixtures("double")
