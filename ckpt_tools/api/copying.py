@@ -6,14 +6,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ckpt_tools.api.reports import CopyReport
 from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
-from ckpt_tools.engine.cloning import cannot_share, shareable_block
+from ckpt_tools.engine.cloning import Reflink, block_for
 from ckpt_tools.engine.copy import Copied, CopyOptions, known_digests, run_plan, thread_bytes
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
@@ -28,8 +28,6 @@ from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
-
-Reflink = Literal["auto", "never", "always"]
 
 
 def convert(
@@ -239,15 +237,10 @@ def plan(
 
 
 def _block(reflink: Reflink, source: Checkpoint, destination: str | Path) -> int | None:
-    """Bytes of the blocks that source and destination can share, None where they cannot or shall not."""
-    if _one_of("reflink", reflink, get_args(Reflink)) == "never":
-        return None
+    files = [source.root / file for file in source.store.files]
     # A plan that names no destination is for one beside the source.
-    folder = Path(destination) if str(destination) else source.root.absolute()
-    block = shareable_block((source.root / file for file in source.store.files), folder.parent)
-    if block is None and reflink == "always":
-        raise cannot_share(source.root, folder)
-    return block
+    out = Path(destination) if str(destination) else source.root.absolute()
+    return block_for(_one_of("reflink", reflink, get_args(Reflink)), files, out)
 
 
 def _check_sharing(reflink: Reflink, plan: Plan) -> None:

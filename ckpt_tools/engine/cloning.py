@@ -11,9 +11,10 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fcntl import ioctl
 from pathlib import Path
+from typing import Literal
 
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.paths import open_input
@@ -21,6 +22,9 @@ from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.execute import WINDOW
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.sharing import Run, Sharing
+
+Reflink = Literal["auto", "never", "always"]
+"""Share blocks where that works, never, or refuse where it does not."""
 
 _FICLONERANGE = 0x4020940D
 _ARGUMENTS = struct.Struct("=qQQQ")
@@ -91,6 +95,23 @@ def shareable_block(files: Iterable[Path], folder: Path) -> int | None:
         finally:
             os.close(source)
     return None
+
+
+def block_for(reflink: Reflink, files: Sequence[Path], destination: Path) -> int | None:
+    """Bytes of the blocks that a source and an output share, None where they cannot or shall not.
+
+    Args:
+        reflink: what is asked for.
+        files: of the source.
+        destination: directory that will be made.
+
+    Raises:
+        UsageError: sharing is asked for and not possible.
+    """
+    block = None if reflink == "never" else shareable_block(files, destination.absolute().parent)
+    if block is None and reflink == "always":
+        raise cannot_share(files[0].parent, destination)
+    return block
 
 
 def share(sharing: Sharing, reader: FileReader, writer: FileWriter, *, strict: bool = False) -> frozenset[str]:
