@@ -17,10 +17,10 @@ from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.ranks import Ranks
 from ckpt_tools.engine.sharding import parse_mesh
 from ckpt_tools.engine.sides import native_side_files, repository_side_files
 from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_native
-from ckpt_tools.engine.verify import check_duplicates
 from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.families.readers import config_for, parse_readers
@@ -45,6 +45,7 @@ def convert(
     memory: str | int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a native checkpoint out of a Hugging Face repository, or out of a native one of another mesh.
 
@@ -64,6 +65,7 @@ def convert(
         memory: bound of buffers, such as `64MB`.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
@@ -83,10 +85,9 @@ def convert(
     options = _options(overwrite, threads, memory, progress)
     rounded: frozenset[str] = frozenset()
     if not dry_run:
-        check_duplicates(checkpoint)
         side_files = native_side_files(checkpoint)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, rounded, started, ranks)
 
 
 def consolidate(
@@ -103,6 +104,7 @@ def consolidate(
     memory: str | int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a Hugging Face repository out of a native or training checkpoint.
 
@@ -124,6 +126,7 @@ def consolidate(
         memory: bound of buffers, such as `64MB`.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source))
@@ -135,11 +138,10 @@ def consolidate(
     options = _options(overwrite, threads, memory, progress)
     rounded: frozenset[str] = frozenset()
     if not dry_run:
-        check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, rounded, started, ranks)
 
 
 def plan(
@@ -268,7 +270,12 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
 
 
 def _report(
-    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
+    plan: Plan,
+    destination: str | Path | None,
+    options: CopyOptions,
+    rounded: frozenset[str],
+    started: float,
+    ranks: Ranks | None,
 ) -> CopyReport:
     source: Checkpoint = plan.source
     dropped = dict(source.dropped)
@@ -292,5 +299,6 @@ def _report(
         len(source.store.skipped),
         threads * per_thread,
         threads,
+        ranks.world if ranks else 1,
         time.perf_counter() - started,
     )

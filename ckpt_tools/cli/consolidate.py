@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import output, sharing
 
 EXAMPLES = (
     "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
     "ckpt consolidate ./native ./published --for vllm,sglang",
+    "torchrun --nproc-per-node 4 -m ckpt_tools consolidate ./native ./published",
 )
 
 
@@ -36,8 +37,8 @@ def consolidate(
     from ckpt_tools import api
     from ckpt_tools.cli.copying import copy_lines, next_step
 
-    out = Output(json, quiet)
-    with out.progress() as progress:
+    out = output(json, quiet)
+    with out.progress() as progress, sharing(destination, alone=dry_run) as ranks:
         report = api.consolidate(
             source,
             destination,
@@ -51,6 +52,7 @@ def consolidate(
             memory=memory,
             dry_run=dry_run,
             progress=progress,
+            ranks=ranks,
         )
     out.done(report, copy_lines(report))
     out.hint(next_step(report, source))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import output, sharing
 
 EXAMPLES = (
     "ckpt convert ./Qwen3-30B-A3B ./native",
     "ckpt convert Qwen/Qwen3-30B-A3B@main ./native --mesh dp_shard=2,ep=4 --dtype bfloat16",
     "ckpt convert ./native ./native-ep8 --mesh ep=8",
     "ckpt convert openai/gpt-oss-20b ./native --dequantize",
+    "torchrun --nproc-per-node 4 -m ckpt_tools convert ./Qwen3-30B-A3B ./native",
 )
 
 
@@ -38,8 +39,8 @@ def convert(
     from ckpt_tools import api
     from ckpt_tools.cli.copying import copy_lines, next_step
 
-    out = Output(json, quiet)
-    with out.progress() as progress:
+    out = output(json, quiet)
+    with out.progress() as progress, sharing(destination, alone=dry_run) as ranks:
         report = api.convert(
             source,
             destination,
@@ -55,6 +56,7 @@ def convert(
             memory=memory,
             dry_run=dry_run,
             progress=progress,
+            ranks=ranks,
         )
     out.done(report, copy_lines(report))
     out.hint(next_step(report, source))

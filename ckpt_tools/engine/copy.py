@@ -7,17 +7,21 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Encoded
-from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
+from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, run_tasks, window_items
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
-from ckpt_tools.engine.staging import Staging
+from ckpt_tools.engine.ranks import FirstRank, OtherRank
+from ckpt_tools.engine.shares import agreement
+from ckpt_tools.engine.staging import Staging, boot_mark
+from ckpt_tools.engine.verify import check_duplicates
 from ckpt_tools.layouts.codecs import SCRATCH
 
 PER_THREAD = 4 * WINDOW
@@ -94,6 +98,7 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, Path | bytes],
     options: CopyOptions,
+    ranks: FirstRank | OtherRank | None = None,
 ) -> frozenset[str]:
     """Copies everything into place.
 
@@ -103,6 +108,7 @@ def run_plan(
         manifest: what to record; its digests are filled in.
         side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
         options: how to run.
+        ranks: the processes that share the work, all of which call this; None for this one alone.
 
     Returns:
         names of the leaves that have values that quantising changed.
@@ -110,9 +116,16 @@ def run_plan(
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
+    if isinstance(ranks, OtherRank):
+        return _help(plan, destination, options, ranks)
+    check_duplicates(plan.source)
     threads = options.bounded_threads(thread_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
+        share = None
+        if ranks is not None:
+            told = options.progress
+            share = partial(ranks.sharing, mark=agreement(plan), key=journal.key, journal=journal, progress=told)
         done = _bytes_used(staging.path)
         check_disk(destination, max(0, plan.nbytes_written + SLACK - done))
         with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
@@ -126,6 +139,7 @@ def run_plan(
                     threads=threads,
                     progress=options.progress,
                     expected=plan.source.digests,
+                    share=share,
                 )
                 manifest.tensors = executed.digests
                 reader.check_unchanged()
@@ -137,7 +151,23 @@ def run_plan(
         journal.close()
         write_side_files(staging, plan.target.documents, side_files, manifest)
         staging.commit()
+        if ranks is not None:
+            ranks.conclude(executed.rounded)
     return executed.rounded
+
+
+def _help(plan: Plan, destination: Path, options: CopyOptions, ranks: OtherRank) -> frozenset[str]:
+    """Copies this process's share into the files that the first one has made."""
+    threads = options.bounded_threads(thread_bytes(plan))
+    key, tasks = ranks.begin(plan)
+    staging = Staging(destination, overwrite=options.overwrite)
+    staging.check_shared(key)
+    with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:
+        journal = ranks.journal(writer, same_machine=key.endswith(boot_mark()))
+        run_tasks(tasks, reader, writer, journal, threads)
+        reader.check_unchanged()
+        journal.close()
+    return ranks.finish()
 
 
 def write_frames(target: TargetFiles, writer: FileWriter) -> None:

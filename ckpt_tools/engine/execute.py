@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -44,6 +45,11 @@ class Task:
     copy: LeafCopy
     low: int
     high: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return (self.high - self.low) * self.copy.source.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,10 @@ class Journal:
         self.done[number] = outcome
 
 
+Share = Callable[[Iterable[Task]], AbstractContextManager[Iterator[Task]]]
+"""Takes all tasks and gives this process's; on leaving its context the journal has the others' outcomes as well."""
+
+
 def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
     """Every segment of every leaf, numbered."""
     number = 0
@@ -105,6 +115,7 @@ def execute(
     threads: int | None = None,
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
+    share: Share | None = None,
 ) -> Executed:
     """Copies the leaves.
 
@@ -116,6 +127,7 @@ def execute(
         threads: number of worker threads.
         progress: told of bytes as they are written, those of a resumed run's journal at once.
         expected: digests of leaves in the source, checked for leaves whose values do not change.
+        share: divides what is to be done among several processes; None for this one alone.
 
     Raises:
         MismatchError: a leaf does not have the digest that the source's manifest records.
@@ -124,11 +136,10 @@ def execute(
     journal = Journal() if journal is None else journal
     if progress is not None:
         progress.start("copying", sum(copy.items * copy.source.itemsize for copy in copies))
-        progress.advance(
-            sum((t.high - t.low) * t.copy.source.itemsize for t in tasks_of(copies) if t.number in journal.done)
-        )
+        progress.advance(sum(task.nbytes for task in tasks_of(copies) if task.number in journal.done))
     pending = (task for task in tasks_of(copies) if task.number not in journal.done)
-    run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
+    with nullcontext(pending) if share is None else share(pending) as tasks:
+        run_tasks(tasks, reader, writer, journal, threads, progress)
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
     for task in tasks_of(copies):
@@ -143,6 +154,18 @@ def execute(
             )
     rounded = (name for name, outcomes in segments.items() if not all(outcome.exact for outcome in outcomes))
     return Executed(digests, frozenset(rounded))
+
+
+def run_tasks(
+    tasks: Iterator[Task],
+    reader: Reader,
+    writer: Writer,
+    journal: Journal,
+    threads: int | None,
+    progress: Progress | None = None,
+) -> None:
+    """Copies segments and records each in the journal."""
+    run_threads(tasks, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
 
 
 def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:

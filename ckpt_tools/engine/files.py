@@ -144,7 +144,7 @@ class FileWriter:
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
-        for file, fd in self._open.items():
+        for file, fd in list(self._open.items()):
             with storage_errors("sync", self._root / file):
                 os.fsync(fd)
 
@@ -165,7 +165,9 @@ class FileWriter:
             with self._lock:
                 found = self._open.get(file)
                 if found is None:
-                    found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+                    # Not for reading, too: an NFS client would then fill up pages of which another machine writes a
+                    # part, and write them back whole.
+                    found = os.open(self._root / file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
 
