@@ -12,8 +12,10 @@ from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
 from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.formats.remote import by_url
 
 
+@by_url
 def verify(
     path: str | Path,
     *,
@@ -62,6 +64,7 @@ def verify(
     )
 
 
+@by_url
 def roundtrip(
     source: str | Path,
     *,

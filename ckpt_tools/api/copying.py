@@ -13,7 +13,7 @@ from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
-from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
+from ckpt_tools.engine.copy import CopyOptions, run_plan, shared_bytes, thread_bytes
 from ckpt_tools.engine.execute import Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
@@ -25,10 +25,12 @@ from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
+from ckpt_tools.formats.remote import by_url, place, remote_files
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
 
+@by_url
 def convert(
     source: str | Path,
     destination: str | Path,
@@ -50,7 +52,7 @@ def convert(
     """Makes a native checkpoint out of a Hugging Face repository, or out of a native one of another mesh.
 
     Args:
-        source: a directory, `org/name`, `org/name@revision` or `hf://org/name`.
+        source: a directory, `org/name`, `org/name@revision`, `hf://org/name`, or a URL such as `s3://bucket/name`.
         destination: directory to make; `torch.distributed.checkpoint.load` reads it.
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
@@ -90,6 +92,7 @@ def convert(
     return _report(plan, None if dry_run else destination, options, rounded, started, ranks)
 
 
+@by_url
 def consolidate(
     source: str | Path,
     destination: str | Path,
@@ -112,7 +115,7 @@ def consolidate(
     read, and the tokenizer's files are the source's, byte for byte.
 
     Args:
-        source: directory of the checkpoint.
+        source: directory of the checkpoint, or its URL.
         destination: directory to make.
         readers: such as `vllm,sglang`: write what all of these accept, or refuse with the reason; None changes no
             tensor names and no values of config fields for any reader's sake.
@@ -144,6 +147,7 @@ def consolidate(
     return _report(plan, None if dry_run else destination, options, rounded, started, ranks)
 
 
+@by_url
 def plan(
     source: str | Path,
     *,
@@ -262,7 +266,8 @@ def _options(overwrite: bool, threads: int | None, memory: str | int | None, pro
 
 
 def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
-    source = {"directory": plan.source.root.name}
+    remote = remote_files(plan.source.root)
+    source = {"directory": plan.source.root.name} if remote is None else {"url": remote.url}
     if resolved.repository:
         source = {"repository": resolved.repository, "revision": resolved.revision or ""}
     layout = plan.source.layout
@@ -281,9 +286,10 @@ def _report(
     dropped = dict(source.dropped)
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
-    threads = options.bounded_threads(per_thread)
+    shared = shared_bytes(plan)
+    threads = options.bounded_threads(per_thread, shared)
     return CopyReport(
-        str(source.root),
+        place(source.root),
         None if destination is None else str(destination),
         source.layout.family,
         source.side,
@@ -297,7 +303,7 @@ def _report(
         len(rounded),
         dropped,
         len(source.store.skipped),
-        threads * per_thread,
+        threads * per_thread + shared,
         threads,
         ranks.world if ranks else 1,
         time.perf_counter() - started,

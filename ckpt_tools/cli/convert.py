@@ -10,6 +10,7 @@ EXAMPLES = (
     "ckpt convert Qwen/Qwen3-30B-A3B@main ./native --mesh dp_shard=2,ep=4 --dtype bfloat16",
     "ckpt convert ./native ./native-ep8 --mesh ep=8",
     "ckpt convert openai/gpt-oss-20b ./native --dequantize",
+    "ckpt convert s3://bucket/Qwen3-30B-A3B ./native",
     "torchrun --nproc-per-node 4 -m ckpt_tools convert ./Qwen3-30B-A3B ./native",
 )
 

@@ -57,11 +57,13 @@ def complete_readers(incomplete: str) -> list[str]:
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="A directory, org/name, org/name@revision or hf://org/name. Example: ./Qwen3-30B-A3B"
+        metavar="SRC",
+        help="A directory, org/name, org/name@revision, hf://org/name, or a URL such as s3://bucket/name. "
+        "Example: ./Qwen3-30B-A3B",
     ),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="SRC", help="Directory of a native or training checkpoint. Example: ./native")
+    str, typer.Argument(metavar="SRC", help="Directory or URL of a native or training checkpoint. Example: ./native")
 ]
 AnyCheckpoint = Annotated[
     str,

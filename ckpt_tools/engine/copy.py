@@ -18,10 +18,12 @@ from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
 from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.ranges import ROOM
 from ckpt_tools.engine.ranks import FirstRank, OtherRank
 from ckpt_tools.engine.shares import agreement
 from ckpt_tools.engine.staging import Staging, boot_mark
 from ckpt_tools.engine.verify import check_duplicates
+from ckpt_tools.formats.remote import remote_files
 from ckpt_tools.layouts.codecs import SCRATCH
 
 PER_THREAD = 4 * WINDOW
@@ -51,8 +53,8 @@ class CopyOptions:
     memory: int | None = None
     progress: Progress | None = None
 
-    def bounded_threads(self, per_thread: int = PER_THREAD) -> int:
-        """Threads that fit into the memory bound, each holding up to `per_thread` bytes.
+    def bounded_threads(self, per_thread: int = PER_THREAD, shared: int = 0) -> int:
+        """Threads that fit into the memory bound, each holding up to `per_thread` bytes, and all together `shared`.
 
         Raises:
             ResourceError: not even one does.
@@ -60,11 +62,11 @@ class CopyOptions:
         wanted = self.threads or default_threads()
         if self.memory is None:
             return wanted
-        fitting = self.memory // per_thread
+        fitting, least = (self.memory - shared) // per_thread, per_thread + shared
         if fitting < 1:
             raise ResourceError(
-                f"a memory bound of {self.memory:,} bytes is below the {per_thread:,} that one thread needs",
-                hint=f"give --memory {-(-per_thread // (1 << 20))}MiB or more",
+                f"a memory bound of {self.memory:,} bytes is below the {least:,} that one thread needs",
+                hint=f"give --memory {-(-least // (1 << 20))}MiB or more",
             )
         return min(wanted, fitting)
 
@@ -77,6 +79,11 @@ def thread_bytes(plan: Plan) -> int:
     encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
     items = max(encoded, default=0)
     return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Upper bound of the bytes that all threads of the plan hold together: blocks of a remote source."""
+    return 0 if remote_files(plan.source.root) is None else ROOM
 
 
 def check_disk(destination: Path, needed: int) -> None:
@@ -119,7 +126,7 @@ def run_plan(
     if isinstance(ranks, OtherRank):
         return _help(plan, destination, options, ranks)
     check_duplicates(plan.source)
-    threads = options.bounded_threads(thread_bytes(plan))
+    threads = options.bounded_threads(thread_bytes(plan), shared_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
         share = None
@@ -158,7 +165,7 @@ def run_plan(
 
 def _help(plan: Plan, destination: Path, options: CopyOptions, ranks: OtherRank) -> frozenset[str]:
     """Copies this process's share into the files that the first one has made."""
-    threads = options.bounded_threads(thread_bytes(plan))
+    threads = options.bounded_threads(thread_bytes(plan), shared_bytes(plan))
     key, tasks = ranks.begin(plan)
     staging = Staging(destination, overwrite=options.overwrite)
     staging.check_shared(key)
@@ -198,8 +205,13 @@ def write_side_files(
 
 def fingerprint(plan: Plan, destination: Path) -> str:
     """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
-    state = hashlib.sha256(repr((str(plan.source.root.resolve()), os.path.abspath(destination), plan.side)).encode())
+    root, remote = plan.source.root, remote_files(plan.source.root)
+    place = str(root.resolve()) if remote is None else remote.url
+    state = hashlib.sha256(repr((place, os.path.abspath(destination), plan.side)).encode())
     for file in plan.source.store.files:
+        if remote is not None:
+            state.update(repr((file, remote.versions[file])).encode())
+            continue
         with storage_errors("look at", plan.source.root / file):
             status = os.stat(plan.source.root / file)
         state.update(repr((file, status.st_size, status.st_mtime_ns)).encode())

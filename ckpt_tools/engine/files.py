@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.core.errors import InputChangedError, StorageError
 from ckpt_tools.core.paths import open_input
+from ckpt_tools.engine.ranges import RangeReader
+from ckpt_tools.formats.remote import remote_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,19 +45,26 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
 class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
+    The root may be the shell of a remote checkpoint; its bytes are then read from where they are.
+
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
     while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
     modification time and inode with those at opening.
     """
 
     def __init__(self, root: Path) -> None:
+        remote = remote_files(root)
         self._root = root
+        self._remote = None if remote is None else RangeReader(remote)
         self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def read(self, file: str, position: int, into: memoryview) -> None:
         """Fills `into` from byte `position` of `file` on."""
+        if self._remote is not None:
+            self._remote.read(file, position, into)
+            return
         fd = self._descriptor(file)
         path = self._root / file
         with storage_errors("read", path):
@@ -72,6 +81,8 @@ class FileReader:
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
+        if self._remote is not None:
+            self._remote.check_unchanged()
         for file, (_, before) in self._open.items():
             path = self._root / file
             with storage_errors("look at", path):
@@ -91,6 +102,8 @@ class FileReader:
             _ADVISE(fd, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
+        if self._remote is not None:
+            self._remote.close()
         for fd, _ in self._open.values():
             os.close(fd)
         self._open.clear()

@@ -9,6 +9,7 @@ from hashlib import sha256
 
 from ckpt_tools.engine.execute import Task
 from ckpt_tools.engine.plan import Plan
+from ckpt_tools.formats.remote import remote_files
 from ckpt_tools.version import TOOL
 
 
@@ -16,6 +17,8 @@ def agreement(plan: Plan) -> str:
     """Identifies what a plan reads and writes: the same on all machines, wherever and whenever files were put there."""
     source, target = plan.source.store, plan.target.store
     state = sha256(repr((TOOL, plan.side, sorted(source.files.items()), sorted(target.files.items()))).encode())
+    remote = remote_files(plan.source.root)
+    state.update(repr(remote and (remote.url, remote.versions)).encode())
     for copy in plan.copies:
         ends = [(end.dtype.name, end.itemsize, *end.first()) for end in (copy.source, copy.target) if end is not None]
         state.update(repr((copy.name, copy.items, ends)).encode())
