@@ -45,6 +45,7 @@ def convert(
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -65,6 +66,7 @@ def convert(
         overwrite: replace an existing destination, which stays until the new one is whole.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
         ranks: from `join_ranks`, the processes that share the work; None for this one alone.
@@ -84,7 +86,7 @@ def convert(
         dtype=_dtype(dtype),
         max_file_size=parse_size(max_file_size),
     )
-    options = _options(overwrite, threads, memory, progress)
+    options = _options(overwrite, threads, memory, progress, sha256)
     rounded: frozenset[str] = frozenset()
     if not dry_run:
         side_files = native_side_files(checkpoint)
@@ -105,6 +107,7 @@ def consolidate(
     overwrite: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -127,6 +130,7 @@ def consolidate(
         overwrite: replace an existing destination, which stays until the new one is whole.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
         ranks: from `join_ranks`, the processes that share the work; None for this one alone.
@@ -138,7 +142,7 @@ def consolidate(
         checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
     target = _target_layout(checkpoint, quantize)
     plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
-    options = _options(overwrite, threads, memory, progress)
+    options = _options(overwrite, threads, memory, progress, sha256)
     rounded: frozenset[str] = frozenset()
     if not dry_run:
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
@@ -261,8 +265,10 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]):  # type: ignore[no
     return value
 
 
-def _options(overwrite: bool, threads: int | None, memory: str | int | None, progress: Progress | None) -> CopyOptions:
-    return CopyOptions(overwrite, threads, None if memory is None else parse_size(memory), progress)
+def _options(
+    overwrite: bool, threads: int | None, memory: str | int | None, progress: Progress | None, sha256: bool
+) -> CopyOptions:
+    return CopyOptions(overwrite, threads, None if memory is None else parse_size(memory), progress, sha256)
 
 
 def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:

@@ -10,6 +10,7 @@ EXAMPLES = (
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
     "ckpt consolidate ./native ./published --for vllm,sglang",
+    "ckpt consolidate ./native ./published --sha256",
     "torchrun --nproc-per-node 4 -m ckpt_tools consolidate ./native ./published",
 )
 
@@ -25,6 +26,7 @@ def consolidate(
     overwrite: options.Overwrite = False,
     threads: options.Threads = None,
     memory: options.Memory = None,
+    sha256: options.Sha256 = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,6 +52,7 @@ def consolidate(
             overwrite=overwrite,
             threads=threads,
             memory=memory,
+            sha256=sha256,
             dry_run=dry_run,
             progress=progress,
             ranks=ranks,

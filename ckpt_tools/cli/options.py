@@ -150,6 +150,10 @@ Memory = Annotated[
         "Example: --memory 64MB",
     ),
 ]
+Sha256 = Annotated[
+    bool,
+    typer.Option("--sha256", help="Write SHA256SUMS beside the files, for signing and sha256sum -c; reads them again."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and prove from headers; write nothing.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there, errors included.")

@@ -22,7 +22,9 @@ from ckpt_tools.engine.ranges import ROOM
 from ckpt_tools.engine.ranks import FirstRank, OtherRank
 from ckpt_tools.engine.shares import agreement
 from ckpt_tools.engine.staging import Staging, boot_mark
+from ckpt_tools.engine.sums import sums_document
 from ckpt_tools.engine.verify import check_duplicates
+from ckpt_tools.formats.hf import SUMS
 from ckpt_tools.formats.remote import remote_files
 from ckpt_tools.layouts.codecs import SCRATCH
 
@@ -46,12 +48,14 @@ class CopyOptions:
         threads: worker threads, None for the default.
         memory: upper bound of buffers in bytes, None for no bound.
         progress: told of bytes as they are written.
+        sha256: write `SHA256SUMS` beside the files.
     """
 
     overwrite: bool = False
     threads: int | None = None
     memory: int | None = None
     progress: Progress | None = None
+    sha256: bool = False
 
     def bounded_threads(self, per_thread: int = PER_THREAD, shared: int = 0) -> int:
         """Threads that fit into the memory bound, each holding up to `per_thread` bytes, and all together `shared`.
@@ -157,6 +161,10 @@ def run_plan(
             writer.sync()
         journal.close()
         write_side_files(staging, plan.target.documents, side_files, manifest)
+        if options.sha256:
+            files = (*plan.target.store.files, *plan.target.documents, *side_files, MANIFEST)
+            sums = sums_document(staging.path, files, threads=threads, progress=options.progress)
+            staging.write_document(SUMS, sums)
         staging.commit()
         if ranks is not None:
             ranks.conclude(executed.rounded)
