@@ -174,7 +174,10 @@ def run_plan(
 def _help(plan: Plan, destination: Path, options: CopyOptions, ranks: OtherRank) -> frozenset[str]:
     """Copies this process's share into the files that the first one has made."""
     threads = options.bounded_threads(thread_bytes(plan), shared_bytes(plan))
-    key, tasks = ranks.begin(plan)
+    begun = ranks.begin(plan)
+    if begun is None:
+        return ranks.finish()
+    key, tasks = begun
     staging = Staging(destination, overwrite=options.overwrite)
     staging.check_shared(key)
     with FileReader(plan.source.root) as reader, FileWriter(staging.path) as writer:

@@ -115,6 +115,9 @@ class FileReader:
         self.close()
 
     def _descriptor(self, file: str) -> int:
+        if self._remote is not None:
+            # The shell has a file of that name, in which tensors are holes.
+            raise ValueError(f"{self._root / file} is remote and has no descriptor")
         found = self._open.get(file)
         if found is None:
             with self._lock, storage_errors("open", self._root / file):

@@ -90,8 +90,7 @@ class FirstRank:
             progress: told of the others' bytes.
         """
         pending = list(unfinished)
-        if not self._fate.wait(lambda: not self._missing(), max(0.0, self._deadline - time.monotonic())):
-            raise RankError(f"rank {_numbers(self._missing())} of {self.world} did not come", hint=_ALONE)
+        self._wait_for_all()
         self._fate.wait(lambda: all(other.mark for other in self._others.values()))
         for other in self._others.values():
             if other.mark != mark:
@@ -106,8 +105,16 @@ class FirstRank:
         self._fate.wait(lambda: all(other.finished for other in self._others.values()))
 
     def conclude(self, rounded: frozenset[str]) -> None:
-        """Tells all others that the output is there, and which leaves have values that quantising changed."""
+        """Tells all others that the output is there, and which leaves have values that quantising changed.
+
+        May be called in place of `sharing` where there was nothing left to do.
+        """
+        self._wait_for_all()
         self._tell_all({"end": sorted(rounded)})
+
+    def _wait_for_all(self) -> None:
+        if not self._fate.wait(lambda: not self._missing(), max(0.0, self._deadline - time.monotonic())):
+            raise RankError(f"rank {_numbers(self._missing())} of {self.world} did not come", hint=_ALONE)
 
     def _missing(self) -> list[int]:
         return [rank for rank in range(1, self.world) if rank not in self._others]
@@ -221,11 +228,16 @@ class OtherRank:
         self._thread.join(FAREWELL_SECONDS)
         self._channel.close()
 
-    def begin(self, plan: Plan) -> tuple[bytes, Iterator[Task]]:
-        """How the journal's file begins, and the own share of the tasks, once the first process has made the files."""
+    def begin(self, plan: Plan) -> tuple[bytes, Iterator[Task]] | None:
+        """How the journal's file begins, and the own share of the tasks, once the first process has made the files.
+
+        None where the first process says that there is nothing left to do.
+        """
         self._send({"ready": agreement(plan)})
-        self._fate.wait(lambda: self._begin is not None)
-        message = self._begin or {}
+        self._fate.wait(lambda: self._begin is not None or self._end is not None)
+        message = self._begin
+        if message is None:
+            return None
         numbers = unpacked(message["begin"])
         pending = [task for task in tasks_of(plan.copies) if task.number in numbers]
         return base64.b64decode(message["key"]), self._fate.guard(share_of(pending, self.rank, self.world))
@@ -246,8 +258,9 @@ class OtherRank:
         except OSError:
             # Its last words, if it had any, say more than a broken connection.
             self._thread.join(FAREWELL_SECONDS)
-            self._fate.fail(gone(0, "the first"))
-            self._fate.check()
+            if self._end is None:
+                self._fate.fail(gone(0, "the first"))
+                self._fate.check()
 
     def _hear(self) -> None:
         while (message := self._channel.receive()) is not None:

@@ -131,7 +131,7 @@ class Listener:
         self._place = place
         self._path = place.meeting_point(destination)
         self._secret = secrets.token_hex(16)
-        self._server = socket.create_server(("127.0.0.1" if place.one_machine else "", 0), backlog=place.world)
+        self._server = _server(place)
         try:
             self._publish()
         except BaseException:
@@ -175,6 +175,16 @@ class Listener:
             # Wakes the thread that waits in accept.
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+
+
+def _server(place: Place) -> socket.socket:
+    """A socket that listens where the other processes are: on this machine alone, or to all of its networks."""
+    if place.one_machine:
+        return socket.create_server(("127.0.0.1", 0), backlog=place.world)
+    try:
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=place.world, dualstack_ipv6=True)
+    except (OSError, ValueError):
+        return socket.create_server(("", 0), backlog=place.world)
 
 
 def connect(place: Place, destination: Path, *, seconds: float = JOIN_SECONDS) -> Channel:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ckpt_tools import CopyReport, consolidate, convert, join_ranks, verify
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import InputChangedError, LockedError, RankError, StorageError, UsageError
-from ckpt_tools.engine import execute, files
+from ckpt_tools.engine import copy, execute, files, ranks
 from ckpt_tools.engine.ends import Plain
 from ckpt_tools.engine.execute import Outcome, Task
 from ckpt_tools.engine.plan import LeafCopy
@@ -43,13 +43,17 @@ def environment(rank: int, world: int, run: str = "test") -> dict[str, str]:
     return {**{name: str(n) for name, n in numbers.items()}, "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": run}
 
 
-def together(world: int, destination: Path, *works: Work, seconds: float = 20) -> list[CopyReport | BaseException]:
+def together(
+    world: int, destination: Path, *works: Work, seconds: float = 20, local: bool = True
+) -> list[CopyReport | BaseException]:
     """How the work ends on each of `world` ranks; the last of `works` is that of all further ranks."""
     ended: list[CopyReport | BaseException] = [RuntimeError("did not end")] * world
 
     def run(rank: int) -> None:
         try:
-            with join_ranks(destination, environment(rank, world), seconds=seconds) as joined:
+            given = environment(rank, world)
+            given |= {} if local else {"LOCAL_WORLD_SIZE": "1"}
+            with join_ranks(destination, given, seconds=seconds) as joined:
                 ended[rank] = works[min(rank, len(works) - 1)](joined)
         except BaseException as error:
             ended[rank] = error
@@ -289,6 +293,38 @@ def test_on_another_machine_a_segment_counts_only_once_it_is_synced() -> None:
     assert events == ["sync", {"done": [(0, True, (b"a" * 16).hex()), (1, False, (b"b" * 16).hex())]}]
     journal.close()
     assert events[2:] == ["sync", {"done": [(2, True, (b"c" * 16).hex())]}]
+
+
+def test_machines_that_share_a_file_system_make_the_same_files(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "boot_mark", lambda: b"another machine")
+    out, synced, sync = tmp_path / "out", [0], files.FileWriter.sync
+
+    def counting(self: files.FileWriter) -> None:
+        synced[0] += 1
+        sync(self)
+
+    monkeypatch.setattr(files.FileWriter, "sync", counting)
+    monkeypatch.setattr(ranks, "SYNC_SECONDS", 1e-9)
+    convert(source, tmp_path / "one")
+    alone = synced[0]
+    ended = together(2, out, lambda ranks: convert(source, out, ranks=ranks), local=False)
+    assert all(isinstance(report, CopyReport) for report in ended), ended
+    assert synced[0] > alone + 2
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_where_nothing_is_left_to_do_the_others_end_too(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+
+    def conclude(joined: FirstRank | OtherRank | None) -> CopyReport:
+        assert isinstance(joined, FirstRank)
+        joined.conclude(frozenset({"x"}))
+        return convert(source, out)
+
+    ended = together(3, out, conclude, lambda ranks: convert(source, out, ranks=ranks, overwrite=True))
+    assert [report.rounded for report in ended if isinstance(report, CopyReport)] == [0, 1, 1], ended
 
 
 def test_a_directory_that_is_not_shared_is_noticed(
