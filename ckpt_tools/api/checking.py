@@ -10,10 +10,13 @@ from ckpt_tools.api.copying import consolidate, convert
 from ckpt_tools.api.reports import RoundtripReport, VerifyReport
 from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.execute import Progress
+from ckpt_tools.engine.sums import verify_sums
 from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
 from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.formats.remote import by_url
 
 
+@by_url
 def verify(
     path: str | Path,
     *,
@@ -29,7 +32,7 @@ def verify(
         path: any checkpoint: Hugging Face repository, native, or saved by training.
         against: another one of the same model, on either side of the layout; compared bit for bit.
         family: name of the family; None reads it from config.json.
-        digests: compare the digests of the manifest, where there is one.
+        digests: compare the digests of the manifest, where there is one, and those of `SHA256SUMS`.
         threads: worker threads.
         progress: told of bytes as they are read.
 
@@ -43,6 +46,7 @@ def verify(
     check_duplicates(checkpoint)
     if digests:
         checks.done += verify_digests(checkpoint, threads=threads, progress=progress)
+        checks.done += verify_sums(checkpoint.root, threads=threads, progress=progress)
     if against is not None:
         other = open_checkpoint(resolve_source(str(against)).path, family=family, form=checkpoint.layout.form)
         # A native checkpoint can be seen against any form: against that of the other side.
@@ -62,6 +66,7 @@ def verify(
     )
 
 
+@by_url
 def roundtrip(
     source: str | Path,
     *,

@@ -14,22 +14,24 @@ from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine.checkpoint import Checkpoint, open_checkpoint
 from ckpt_tools.engine.cloning import Reflink, block_for
-from ckpt_tools.engine.copy import Copied, CopyOptions, known_digests, run_plan, thread_bytes
-from ckpt_tools.engine.execute import Progress
+from ckpt_tools.engine.copy import CopyOptions, known_digests, run_plan, shared_bytes, thread_bytes
+from ckpt_tools.engine.execute import Copied, Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.ranks import OtherRank, Ranks
 from ckpt_tools.engine.sharding import parse_mesh
 from ckpt_tools.engine.sides import native_side_files, repository_side_files
 from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_native
-from ckpt_tools.engine.verify import check_duplicates
 from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
+from ckpt_tools.formats.remote import by_url, place, remote_files
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
 
+@by_url
 def convert(
     source: str | Path,
     destination: str | Path,
@@ -46,13 +48,15 @@ def convert(
     digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a native checkpoint out of a Hugging Face repository, or out of a native one of another mesh.
 
     Args:
-        source: a directory, `org/name`, `org/name@revision` or `hf://org/name`.
+        source: a directory, `org/name`, `org/name@revision`, `hf://org/name`, or a URL such as `s3://bucket/name`.
         destination: directory to make; `torch.distributed.checkpoint.load` reads it.
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
@@ -69,8 +73,10 @@ def convert(
             records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
@@ -86,18 +92,18 @@ def convert(
         file_format=_one_of("file_format", file_format, ("dcp", "safetensors")),
         dtype=_dtype(dtype),
         max_file_size=parse_size(max_file_size),
-        block=_block(reflink, checkpoint, destination),
+        block=_block(reflink, checkpoint, destination, ranks),
     )
     _check_sharing(reflink, plan)
-    options = _options(overwrite, threads, memory, progress, reflink, digests)
+    options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
     copied = None
     if not dry_run:
-        check_duplicates(checkpoint)
         side_files = native_side_files(checkpoint)
-        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, copied, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, copied, started, ranks)
 
 
+@by_url
 def consolidate(
     source: str | Path,
     destination: str | Path,
@@ -112,8 +118,10 @@ def consolidate(
     digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a Hugging Face repository out of a native or training checkpoint.
 
@@ -121,7 +129,7 @@ def consolidate(
     read, and the tokenizer's files are the source's, byte for byte.
 
     Args:
-        source: directory of the checkpoint.
+        source: directory of the checkpoint, or its URL.
         destination: directory to make.
         readers: such as `vllm,sglang`: write what all of these accept, or refuse with the reason; None changes no
             tensor names and no values of config fields for any reader's sake.
@@ -137,8 +145,10 @@ def consolidate(
             records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source))
@@ -151,19 +161,19 @@ def consolidate(
         dtype=_dtype(dtype),
         max_shard_size=parse_size(max_shard_size),
         layout=target,
-        block=_block(reflink, checkpoint, destination),
+        block=_block(reflink, checkpoint, destination, ranks),
     )
     _check_sharing(reflink, plan)
-    options = _options(overwrite, threads, memory, progress, reflink, digests)
+    options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
     copied = None
     if not dry_run:
-        check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, copied, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, copied, started, ranks)
 
 
+@by_url
 def plan(
     source: str | Path,
     *,
@@ -236,11 +246,15 @@ def plan(
     )
 
 
-def _block(reflink: Reflink, source: Checkpoint, destination: str | Path) -> int | None:
-    files = [source.root / file for file in source.store.files]
+def _block(reflink: Reflink, source: Checkpoint, destination: str | Path, ranks: Ranks | None) -> int | None:
+    if isinstance(ranks, OtherRank):
+        return ranks.block()
     # A plan that names no destination is for one beside the source.
     out = Path(destination) if str(destination) else source.root.absolute()
-    return block_for(_one_of("reflink", reflink, get_args(Reflink)), files, out)
+    block = block_for(_one_of("reflink", reflink, get_args(Reflink)), source.root, source.store.files, out)
+    if ranks is not None:
+        ranks.tell_block(block)
+    return block
 
 
 def _check_sharing(reflink: Reflink, plan: Plan) -> None:
@@ -307,13 +321,15 @@ def _options(
     progress: Progress | None,
     reflink: Reflink,
     digests: bool,
+    sha256: bool,
 ) -> CopyOptions:
     bound = None if memory is None else parse_size(memory)
-    return CopyOptions(overwrite, threads, bound, progress, strict=reflink == "always", digests=digests)
+    return CopyOptions(overwrite, threads, bound, progress, strict=reflink == "always", digests=digests, sha256=sha256)
 
 
 def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
-    source = {"directory": plan.source.root.name}
+    remote = remote_files(plan.source.root)
+    source = {"directory": plan.source.root.name} if remote is None else {"url": remote.url}
     if resolved.repository:
         source = {"repository": resolved.repository, "revision": resolved.revision or ""}
     layout = plan.source.layout
@@ -321,18 +337,24 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
 
 
 def _report(
-    plan: Plan, destination: str | Path | None, options: CopyOptions, copied: Copied | None, started: float
+    plan: Plan,
+    destination: str | Path | None,
+    options: CopyOptions,
+    copied: Copied | None,
+    started: float,
+    ranks: Ranks | None,
 ) -> CopyReport:
     source: Checkpoint = plan.source
     dropped = dict(source.dropped)
     dropped.update({name: f"tied to {source.layout.tied[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
-    threads = options.bounded_threads(per_thread)
+    shared = shared_bytes(plan)
+    threads = options.bounded_threads(per_thread, shared)
     if copied is None:
         unread = () if options.digests else plan.sharing.leaves.keys()
         copied = Copied(frozenset(), plan.sharing.nbytes(), len(unread) - len(known_digests(plan, unread)))
     return CopyReport(
-        str(source.root),
+        place(source.root),
         None if destination is None else str(destination),
         source.layout.family,
         source.side,
@@ -348,7 +370,8 @@ def _report(
         copied.undigested,
         dropped,
         len(source.store.skipped),
-        threads * per_thread,
+        threads * per_thread + shared,
         threads,
+        ranks.world if ranks else 1,
         time.perf_counter() - started,
     )

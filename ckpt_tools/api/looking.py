@@ -10,8 +10,10 @@ from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.describe import Difference, Explanation
 from ckpt_tools.families import FAMILIES, get_family
 from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.formats.remote import by_url
 
 
+@by_url
 def inspect(path: str | Path, *, family: str | None = None) -> InspectReport:
     """What a checkpoint holds, from its headers."""
     checkpoint = open_checkpoint(resolve_source(str(path)).path, family=family)
@@ -33,6 +35,7 @@ def inspect(path: str | Path, *, family: str | None = None) -> InspectReport:
     )
 
 
+@by_url
 def diff(left: str | Path, right: str | Path, *, family: str | None = None) -> list[Difference]:
     """Tensors that two checkpoints do not have in common, or have with another shape or dtype. Values are not read."""
     return describe.differences(
@@ -41,6 +44,7 @@ def diff(left: str | Path, right: str | Path, *, family: str | None = None) -> l
     )
 
 
+@by_url
 def explain(path: str | Path, name: str, *, family: str | None = None) -> list[Explanation]:
     """What a tensor's name is on the other side of the layout, and how it is made."""
     return describe.explain(open_checkpoint(resolve_source(str(path)).path, family=family).layout, name)

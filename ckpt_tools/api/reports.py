@@ -32,6 +32,7 @@ class CopyReport:
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
         memory: upper bound of the buffers in bytes.
         threads: worker threads.
+        ranks: processes that shared the work; `memory` and `threads` are those of each.
         seconds: wall time, planning included.
     """
 
@@ -53,6 +54,7 @@ class CopyReport:
     skipped: int
     memory: int
     threads: int
+    ranks: int
     seconds: float
 
 

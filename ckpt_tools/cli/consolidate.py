@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import output, sharing
 
 EXAMPLES = (
     "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --dtype bfloat16 --max-shard-size 10GB",
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
     "ckpt consolidate ./native ./published --for vllm,sglang",
+    "ckpt consolidate ./native ./published --sha256",
+    "torchrun --nproc-per-node 4 -m ckpt_tools consolidate ./native ./published",
 )
 
 
@@ -26,6 +28,7 @@ def consolidate(
     digests: options.Digests = False,
     threads: options.Threads = None,
     memory: options.Memory = None,
+    sha256: options.Sha256 = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -38,8 +41,8 @@ def consolidate(
     from ckpt_tools import api
     from ckpt_tools.cli.copying import copy_lines, next_step
 
-    out = Output(json, quiet)
-    with out.progress() as progress:
+    out = output(json, quiet)
+    with out.progress() as progress, sharing(destination, alone=dry_run) as ranks:
         report = api.consolidate(
             source,
             destination,
@@ -53,8 +56,10 @@ def consolidate(
             digests=digests,
             threads=threads,
             memory=memory,
+            sha256=sha256,
             dry_run=dry_run,
             progress=progress,
+            ranks=ranks,
         )
     out.done(report, copy_lines(report))
     out.hint(next_step(report, source))

@@ -49,7 +49,8 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
         yield "memory", f"at most {format_size(report.memory)} in {counted(report.threads, 'thread')}"
     else:
         rate = f" ({format_size(report.nbytes / report.seconds)}/s)" if report.seconds else ""
-        yield "time", f"{duration(report.seconds)}{rate}"
+        ranks = f" in {counted(report.ranks, 'process', 'processes')}" if report.ranks > 1 else ""
+        yield "time", f"{duration(report.seconds)}{ranks}{rate}"
 
 
 def _rounded(report: CopyReport) -> str:

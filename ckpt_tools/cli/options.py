@@ -65,11 +65,13 @@ def complete_readers(incomplete: str) -> list[str]:
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="A directory, org/name, org/name@revision or hf://org/name. Example: ./Qwen3-30B-A3B"
+        metavar="SRC",
+        help="A directory, org/name, org/name@revision, hf://org/name, or a URL such as s3://bucket/name. "
+        "Example: ./Qwen3-30B-A3B",
     ),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="SRC", help="Directory of a native or training checkpoint. Example: ./native")
+    str, typer.Argument(metavar="SRC", help="Directory or URL of a native or training checkpoint. Example: ./native")
 ]
 AnyCheckpoint = Annotated[
     str,
@@ -171,6 +173,10 @@ Memory = Annotated[
         help="Bound of the copy buffers; fewer threads run when it is small. Default: 4 MiB a thread. "
         "Example: --memory 64MB",
     ),
+]
+Sha256 = Annotated[
+    bool,
+    typer.Option("--sha256", help="Write SHA256SUMS beside the files, for signing and sha256sum -c; reads them again."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and prove from headers; write nothing.")]
 Json = Annotated[

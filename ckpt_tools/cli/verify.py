@@ -34,7 +34,9 @@ def verify(
     family: options.Family = None,
     digests: Annotated[
         bool,
-        typer.Option("--digests/--no-digests", help="Compare values with the digests of the manifest."),
+        typer.Option(
+            "--digests/--no-digests", help="Compare values with the digests of the manifest, and files with SHA256SUMS."
+        ),
     ] = True,
     threads: options.Threads = None,
     json: options.Json = False,

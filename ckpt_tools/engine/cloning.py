@@ -11,7 +11,7 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fcntl import ioctl
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.execute import WINDOW
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.sharing import Run, Sharing
+from ckpt_tools.formats.remote import place, remote_files
 
 Reflink = Literal["auto", "never", "always"]
 """Share blocks where that works, never, or refuse where it does not."""
@@ -73,17 +74,20 @@ def block_size(fd: int) -> int:
     return size if 0 < size <= _LARGEST_BLOCK and not size & (size - 1) else BLOCK
 
 
-def shareable_block(files: Iterable[Path], folder: Path) -> int | None:
-    """Bytes of a block if the first of the files that has one can share it with a new file in a folder, else None.
+def shareable_block(root: Path, files: Iterable[str], folder: Path) -> int | None:
+    """Bytes of a block if the first of a root's files that has one can share it with a new file in a folder, else None.
 
-    Leaves nothing behind. A folder that does not exist yet stands for its nearest parent that does.
+    Leaves nothing behind. A folder that does not exist yet stands for its nearest parent that does. Files of a remote
+    root are nowhere here to be shared.
     """
+    if remote_files(root) is not None:
+        return None
     folder = folder.absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    for path in files:
-        with storage_errors("open", path):
-            source = open_input(path)
+    for file in files:
+        with storage_errors("open", root, file):
+            source = open_input(root / file)
         try:
             block = block_size(source)
             if os.fstat(source).st_size >= block:
@@ -97,20 +101,21 @@ def shareable_block(files: Iterable[Path], folder: Path) -> int | None:
     return None
 
 
-def block_for(reflink: Reflink, files: Sequence[Path], destination: Path) -> int | None:
+def block_for(reflink: Reflink, root: Path, files: Iterable[str], destination: Path) -> int | None:
     """Bytes of the blocks that a source and an output share, None where they cannot or shall not.
 
     Args:
         reflink: what is asked for.
-        files: of the source.
+        root: directory of the source.
+        files: of the source, by relative path.
         destination: directory that will be made.
 
     Raises:
         UsageError: sharing is asked for and not possible.
     """
-    block = None if reflink == "never" else shareable_block(files, destination.absolute().parent)
+    block = None if reflink == "never" else shareable_block(root, files, destination.absolute().parent)
     if block is None and reflink == "always":
-        raise cannot_share(files[0].parent, destination)
+        raise cannot_share(place(root), destination)
     return block
 
 
@@ -130,6 +135,11 @@ def share(sharing: Sharing, reader: FileReader, writer: FileWriter, *, strict: b
         UsageError: `strict`, and there is such a file.
         StorageError: a system call failed for another reason.
     """
+    if remote_files(reader.root) is not None:
+        # What lies here of a remote source has holes in place of tensors.
+        if strict:
+            raise cannot_share(place(reader.root), writer.root)
+        return frozenset(run.source for run in (*sharing.shared, *sharing.copied))
     for run in sharing.copied:
         reader.expect(run.source, run.source_position, run.nbytes)
     refused: set[str] = set()
@@ -157,7 +167,7 @@ def _copy(run: Run, reader: FileReader, writer: FileWriter) -> None:
         writer.write(run.target, run.target_position + done, data)
 
 
-def cannot_share(source: Path, destination: Path) -> UsageError:
+def cannot_share(source: Path | str, destination: Path) -> UsageError:
     """What is said where blocks have to be shared and cannot."""
     return UsageError(
         f"{source} cannot share blocks with {destination}",

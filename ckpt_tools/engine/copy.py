@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckpt_tools.core.errors import MismatchError, ResourceError
 from ckpt_tools.core.tensors import TargetFiles
-from ckpt_tools.engine.cloning import share
+from ckpt_tools.engine import cloning
 from ckpt_tools.engine.digest import SEGMENT
-from ckpt_tools.engine.ends import Encoded, InPlace, Plain
-from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, execute, window_items
+from ckpt_tools.engine.ends import Encoded
+from ckpt_tools.engine.execute import WINDOW, Copied, Progress, default_threads, execute, run_tasks, window_items
 from ckpt_tools.engine.files import FileReader, FileWriter, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
-from ckpt_tools.engine.plan import LeafCopy, Plan
-from ckpt_tools.engine.staging import Staging
+from ckpt_tools.engine.plan import Plan, in_place
+from ckpt_tools.engine.ranges import ROOM
+from ckpt_tools.engine.ranks import FirstRank, OtherRank
+from ckpt_tools.engine.shares import agreement
+from ckpt_tools.engine.staging import Staging, boot_mark
+from ckpt_tools.engine.sums import sums_document
+from ckpt_tools.engine.verify import check_duplicates
+from ckpt_tools.formats.hf import SUMS
+from ckpt_tools.formats.remote import remote_files
 from ckpt_tools.layouts.codecs import SCRATCH
 
 PER_THREAD = 4 * WINDOW
@@ -43,6 +51,7 @@ class CopyOptions:
         progress: told of bytes as they are written.
         strict: blocks that the plan shares and that cannot be shared are an error.
         digests: leaves that share their blocks with the source are read, too.
+        sha256: write `SHA256SUMS` beside the files.
     """
 
     overwrite: bool = False
@@ -51,9 +60,10 @@ class CopyOptions:
     progress: Progress | None = None
     strict: bool = False
     digests: bool = False
+    sha256: bool = False
 
-    def bounded_threads(self, per_thread: int = PER_THREAD) -> int:
-        """Threads that fit into the memory bound, each holding up to `per_thread` bytes.
+    def bounded_threads(self, per_thread: int = PER_THREAD, shared: int = 0) -> int:
+        """Threads that fit into the memory bound, each holding up to `per_thread` bytes, and all together `shared`.
 
         Raises:
             ResourceError: not even one does.
@@ -61,28 +71,13 @@ class CopyOptions:
         wanted = self.threads or default_threads()
         if self.memory is None:
             return wanted
-        fitting = self.memory // per_thread
+        fitting, least = (self.memory - shared) // per_thread, per_thread + shared
         if fitting < 1:
             raise ResourceError(
-                f"a memory bound of {self.memory:,} bytes is below the {per_thread:,} that one thread needs",
-                hint=f"give --memory {-(-per_thread // (1 << 20))}MiB or more",
+                f"a memory bound of {self.memory:,} bytes is below the {least:,} that one thread needs",
+                hint=f"give --memory {-(-least // (1 << 20))}MiB or more",
             )
         return min(wanted, fitting)
-
-
-@dataclass(frozen=True)
-class Copied:
-    """What a copy came to.
-
-    Attributes:
-        rounded: names of the leaves that have values that quantising changed.
-        shared: bytes of the output that share their blocks with the source.
-        undigested: number of leaves whose digest is not known: they were shared, and the source records none.
-    """
-
-    rounded: frozenset[str] = frozenset()
-    shared: int = 0
-    undigested: int = 0
 
 
 def thread_bytes(plan: Plan) -> int:
@@ -95,6 +90,11 @@ def thread_bytes(plan: Plan) -> int:
     encoded = (window_items(c) for c in moved if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
     items = max(encoded, default=0)
     return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Upper bound of the bytes that all threads of the plan hold together: blocks of a remote source."""
+    return 0 if remote_files(plan.source.root) is None else ROOM
 
 
 def check_disk(destination: Path, needed: int) -> None:
@@ -116,6 +116,7 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, Path | bytes],
     options: CopyOptions,
+    ranks: FirstRank | OtherRank | None = None,
 ) -> Copied:
     """Puts everything into place: shares what can be shared and copies the rest.
 
@@ -125,31 +126,45 @@ def run_plan(
         manifest: what to record; its digests are filled in.
         side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
         options: how to run.
+        ranks: the processes that share the work, all of which call this; None for this one alone.
 
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
-    threads = options.bounded_threads(thread_bytes(plan))
+    if isinstance(ranks, OtherRank):
+        return _help(plan, destination, options, ranks)
+    check_duplicates(plan.source)
+    threads = options.bounded_threads(thread_bytes(plan), shared_bytes(plan))
     with Staging(destination, overwrite=options.overwrite) as staging:
         journal = staging.resume(fingerprint(plan, destination))
         check_disk(destination, _room(plan, plan.sharing.nbytes(), staging.path))
-        reads_most = options.digests or plan.sharing.nbytes() < plan.nbytes_written // 2
-        with FileReader(plan.source.root, ahead=reads_most) as reader, FileWriter(staging.path) as writer:
+        with _reader(plan, options) as reader, FileWriter(staging.path) as writer:
             write_frames(plan.target, writer)
-            refused = share(plan.sharing, reader, writer, strict=options.strict)
-            placed = {name for name, files in plan.sharing.leaves.items() if refused.isdisjoint(files)}
-            shared = plan.sharing.nbytes(refused)
+            # By this process alone, before the rest is divided.
+            refused = cloning.share(plan.sharing, reader, writer, strict=options.strict)
+            placed, shared = plan.sharing.placed(refused), plan.sharing.nbytes(refused)
             if refused:
                 check_disk(destination, _room(plan, shared, staging.path))
+            share = None
+            if ranks is not None:
+                share = partial(
+                    ranks.sharing,
+                    mark=agreement(plan),
+                    key=journal.key,
+                    refused=refused,
+                    journal=journal,
+                    progress=options.progress,
+                )
             try:
                 executed = execute(
-                    _in_place(plan.copies, placed) if options.digests else plan.copies,
+                    in_place(plan.copies, placed) if options.digests else plan.copies,
                     reader,
                     writer,
                     journal=journal,
                     threads=threads,
                     progress=options.progress,
                     expected=plan.source.digests,
+                    share=share,
                     placed=() if options.digests else placed,
                 )
                 reader.check_unchanged()
@@ -161,8 +176,21 @@ def run_plan(
         journal.close()
         manifest.tensors = known_digests(plan, placed) | executed.digests
         write_side_files(staging, plan.target.documents, side_files, manifest)
+        if options.sha256:
+            files = (*plan.target.store.files, *plan.target.documents, *side_files, MANIFEST)
+            sums = sums_document(staging.path, files, threads=threads, progress=options.progress)
+            staging.write_document(SUMS, sums)
         staging.commit()
-    return Copied(executed.rounded, shared, len(plan.copies) - len(manifest.tensors))
+        copied = Copied(executed.rounded, shared, len(plan.copies) - len(manifest.tensors))
+        if ranks is not None:
+            ranks.conclude(copied)
+    return copied
+
+
+def _reader(plan: Plan, options: CopyOptions) -> FileReader:
+    """Reader of the source; what is shared is read for its digest only."""
+    reads_most = options.digests or plan.sharing.nbytes() < plan.nbytes_written // 2
+    return FileReader(plan.source.root, ahead=reads_most)
 
 
 def _room(plan: Plan, shared: int, staging: Path) -> int:
@@ -172,21 +200,28 @@ def _room(plan: Plan, shared: int, staging: Path) -> int:
     return max(0, plan.nbytes_written - shared + SLACK - max(0, used - shared))
 
 
-def _in_place(copies: Sequence[LeafCopy], placed: Collection[str]) -> list[LeafCopy]:
-    """The copies, of which those of leaves that are in place write nothing."""
-    return [
-        replace(copy, target=InPlace(copy.target.extents, copy.target.dtype, copy.target.itemsize))
-        if copy.name in placed and isinstance(copy.target, Plain)
-        else copy
-        for copy in copies
-    ]
-
-
 def known_digests(plan: Plan, placed: Collection[str]) -> dict[str, str]:
     """Digests that the source's manifest records of leaves that are taken over without being read."""
     recorded, names = plan.source.digests or {}, plan.source.shared
     found = {name: recorded.get(name) or recorded.get(names.get(name, "")) for name in placed}
     return {name: digest for name, digest in found.items() if digest}
+
+
+def _help(plan: Plan, destination: Path, options: CopyOptions, ranks: OtherRank) -> Copied:
+    """Copies this process's share into the files that the first one has made."""
+    threads = options.bounded_threads(thread_bytes(plan), shared_bytes(plan))
+    begun = ranks.begin(plan)
+    if begun is None:
+        return ranks.finish()
+    key, tasks = begun
+    staging = Staging(destination, overwrite=options.overwrite)
+    staging.check_shared(key)
+    with _reader(plan, options) as reader, FileWriter(staging.path) as writer:
+        journal = ranks.journal(writer, same_machine=key.endswith(boot_mark()))
+        run_tasks(tasks, reader, writer, journal, threads)
+        reader.check_unchanged()
+        journal.close()
+    return ranks.finish()
 
 
 def write_frames(target: TargetFiles, writer: FileWriter) -> None:
@@ -217,8 +252,13 @@ def write_side_files(
 
 def fingerprint(plan: Plan, destination: Path) -> str:
     """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
-    state = hashlib.sha256(repr((str(plan.source.root.resolve()), os.path.abspath(destination), plan.side)).encode())
+    root, remote = plan.source.root, remote_files(plan.source.root)
+    place = str(root.resolve()) if remote is None else remote.url
+    state = hashlib.sha256(repr((place, os.path.abspath(destination), plan.side)).encode())
     for file in plan.source.store.files:
+        if remote is not None:
+            state.update(repr((file, remote.versions[file])).encode())
+            continue
         with storage_errors("look at", plan.source.root / file):
             status = os.stat(plan.source.root / file)
         state.update(repr((file, status.st_size, status.st_mtime_ns)).encode())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -45,6 +46,11 @@ class Task:
     low: int
     high: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return (self.high - self.low) * self.copy.source.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -72,6 +78,21 @@ class Executed:
     rounded: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy came to.
+
+    Attributes:
+        rounded: names of the leaves that have values that quantising changed.
+        shared: bytes of the output that share their blocks with the source.
+        undigested: number of leaves whose digest is not known: they were shared, and the source records none.
+    """
+
+    rounded: frozenset[str] = frozenset()
+    shared: int = 0
+    undigested: int = 0
+
+
 @dataclass
 class Journal:
     """Segments that are done. The base class only remembers them; the staging's one writes a file."""
@@ -80,6 +101,10 @@ class Journal:
 
     def record(self, number: int, outcome: Outcome) -> None:
         self.done[number] = outcome
+
+
+Share = Callable[[Iterable[Task]], AbstractContextManager[Iterator[Task]]]
+"""Takes all tasks and gives this process's; on leaving its context the journal has the others' outcomes as well."""
 
 
 def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
@@ -105,6 +130,7 @@ def execute(
     threads: int | None = None,
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
+    share: Share | None = None,
     placed: Collection[str] = (),
 ) -> Executed:
     """Copies the leaves.
@@ -117,6 +143,7 @@ def execute(
         threads: number of worker threads.
         progress: told of bytes as they are written, those of a resumed run's journal at once.
         expected: digests of leaves in the source, checked for leaves whose values do not change.
+        share: divides what is to be done among several processes; None for this one alone.
         placed: leaves that are in place already; they are not read, and have no digest.
 
     Raises:
@@ -132,9 +159,10 @@ def execute(
 
     if progress is not None:
         progress.start("copying", sum(copy.items * copy.source.itemsize for copy in moved))
-        progress.advance(sum((t.high - t.low) * t.copy.source.itemsize for t in tasks() if t.number in journal.done))
+        progress.advance(sum(task.nbytes for task in tasks() if task.number in journal.done))
     pending = (task for task in tasks() if task.number not in journal.done)
-    run_threads(pending, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
+    with nullcontext(pending) if share is None else share(pending) as mine:
+        run_tasks(mine, reader, writer, journal, threads, progress)
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
     for task in tasks():
@@ -149,6 +177,18 @@ def execute(
             )
     rounded = (name for name, outcomes in segments.items() if not all(outcome.exact for outcome in outcomes))
     return Executed(digests, frozenset(rounded))
+
+
+def run_tasks(
+    tasks: Iterator[Task],
+    reader: Reader,
+    writer: Writer,
+    journal: Journal,
+    threads: int | None,
+    progress: Progress | None = None,
+) -> None:
+    """Copies segments and records each in the journal."""
+    run_threads(tasks, lambda task: journal.record(task.number, run_task(task, reader, writer, progress)), threads)
 
 
 def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:

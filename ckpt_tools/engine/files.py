@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.core.errors import InputChangedError, StorageError
 from ckpt_tools.core.paths import open_input
+from ckpt_tools.engine.ranges import RangeReader
+from ckpt_tools.formats.remote import remote_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +46,8 @@ def storage_errors(action: str, *parts: Path | str) -> Iterator[None]:
 class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
+    The root may be the shell of a remote checkpoint; its bytes are then read from where they are.
+
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
     while threads copy. `check_unchanged` guards against a source that changes while it is read: it compares size,
     modification time and inode with those at opening.
@@ -54,7 +58,9 @@ class FileReader:
     """
 
     def __init__(self, root: Path, *, ahead: bool = True) -> None:
+        remote = remote_files(root)
         self._root = root
+        self._remote = None if remote is None else RangeReader(remote)
         self._ahead = ahead
         self._open: dict[str, tuple[int, tuple[int, int, int]]] = {}
         self._asked: dict[str, int] = {}
@@ -66,6 +72,9 @@ class FileReader:
 
     def read(self, file: str, position: int, into: memoryview) -> None:
         """Fills `into` from byte `position` of `file` on."""
+        if self._remote is not None:
+            self._remote.read(file, position, into)
+            return
         fd = self.descriptor(file)
         with storage_errors("read", self._root, file):
             done = 0
@@ -88,6 +97,8 @@ class FileReader:
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
+        if self._remote is not None:
+            self._remote.check_unchanged()
         for file, (_, before) in self._open.items():
             path = self._root / file
             with storage_errors("look at", path):
@@ -107,6 +118,8 @@ class FileReader:
             _ADVISE(fd, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
+        if self._remote is not None:
+            self._remote.close()
         for fd, _ in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -118,7 +131,10 @@ class FileReader:
         self.close()
 
     def descriptor(self, file: str) -> int:
-        """The open file, which stays the reader's to close."""
+        """The open file, which stays the reader's to close. A remote one has none: `ValueError`."""
+        if self._remote is not None:
+            # The shell has a file of that name, in which tensors are holes.
+            raise ValueError(f"{self._root / file} is remote and has no descriptor")
         found = self._open.get(file)
         if found is None:
             with self._lock, storage_errors("open", self._root / file):
@@ -165,7 +181,7 @@ class FileWriter:
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
-        for file, fd in self._open.items():
+        for file, fd in list(self._open.items()):
             with storage_errors("sync", self._root / file):
                 os.fsync(fd)
 
@@ -187,7 +203,9 @@ class FileWriter:
             with self._lock:
                 found = self._open.get(file)
                 if found is None:
-                    found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+                    # Not for reading, too: an NFS client would then fill up pages of which another machine writes a
+                    # part, and write them back whole.
+                    found = os.open(self._root / file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
 

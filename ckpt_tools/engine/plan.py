@@ -6,15 +6,15 @@ source exactly once, every byte of every target file is written exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import SEGMENT
-from ckpt_tools.engine.ends import Encoded, End, Plain, decoded_as, leaf_ends, plains, prove_end
+from ckpt_tools.engine.ends import Encoded, End, InPlace, Plain, decoded_as, leaf_ends, plains, prove_end
 from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.prove import prove_chunks, prove_files
 from ckpt_tools.engine.sharing import NOTHING, Sharing
@@ -80,6 +80,16 @@ class Plan:
     @property
     def nbytes_written(self) -> int:
         return sum(self.target.store.files.values())
+
+
+def in_place(copies: Sequence[LeafCopy], placed: Collection[str]) -> list[LeafCopy]:
+    """The copies, of which those of leaves that are in place write nothing."""
+    return [
+        replace(copy, target=InPlace(copy.target.extents, copy.target.dtype, copy.target.itemsize))
+        if copy.name in placed and isinstance(copy.target, Plain)
+        else copy
+        for copy in copies
+    ]
 
 
 def target_dtypes(source: Checkpoint, dtype: DType | None) -> dict[str, DType]:

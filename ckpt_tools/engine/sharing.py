@@ -55,6 +55,10 @@ class Sharing:
         """Bytes that are shared when some files of the source cannot be."""
         return sum(run.nbytes for run in self.shared if run.source not in refused)
 
+    def placed(self, refused: frozenset[str]) -> set[str]:
+        """Leaves that are in place, unless some part of them lies in a file that cannot be shared."""
+        return {name for name, files in self.leaves.items() if refused.isdisjoint(files)}
+
 
 NOTHING = Sharing({}, (), ())
 

@@ -97,7 +97,7 @@ class Staging:
 
     def resume(self, fingerprint: str) -> FileJournal:
         """The journal of an interrupted run of the same plan, or a new one in an emptied directory."""
-        key = f"{fingerprint} {_boot_id()}\n".encode()
+        key = fingerprint.encode() + boot_mark()
         path = self.path / JOURNAL
         with storage_errors("read", path):
             content = path.read_bytes() if path.exists() else b""
@@ -105,11 +105,22 @@ class Staging:
             records = content[len(key) :]
             whole = len(records) - len(records) % _RECORD.size
             done = {n: Outcome(digest, exact) for n, exact, digest in _RECORD.iter_unpack(records[:whole])}
-            return FileJournal(path, done, len(key) + whole)
+            return FileJournal(path, key, done, len(key) + whole)
         self.restart()
         with storage_errors("write", path):
             path.write_bytes(key)
-        return FileJournal(path, {}, len(key))
+        return FileJournal(path, key, {}, len(key))
+
+    def check_shared(self, key: bytes) -> None:
+        """Raises `StorageError` unless this directory is that of the process whose journal begins with `key`."""
+        path = self.path / JOURNAL
+        with storage_errors("read", path):
+            found = path.read_bytes()[: len(key)] if path.exists() else b""
+        if found != key:
+            raise StorageError(
+                f"{self.path} is not the directory that rank 0 works in",
+                hint="give an output on a file system that all ranks share, by the same path",
+            )
 
     def restart(self) -> None:
         """Empties the directory: whatever an earlier run left there is not part of this output."""
@@ -152,11 +163,12 @@ class FileJournal(Journal):
     """A journal on disk. One record of 25 bytes a segment, appended in one write, so a kill leaves whole records.
 
     It is not synced: after a kill the kernel still holds what was written, and after a crash of the machine the boot
-    id differs and the journal does not count.
+    id differs and the journal does not count. `key` is what the file begins with.
     """
 
-    def __init__(self, path: Path, done: dict[int, Outcome], size: int) -> None:
+    def __init__(self, path: Path, key: bytes, done: dict[int, Outcome], size: int) -> None:
         super().__init__(done)
+        self.key = key
         self._path = path
         with storage_errors("write", path):
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -171,12 +183,14 @@ class FileJournal(Journal):
         os.close(self._fd)
 
 
-def _boot_id() -> str:
+def boot_mark() -> bytes:
+    """How the first line of a journal ends: identifies this machine since it was started."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         # Not Linux: nothing tells a killed process from a crashed machine, so an interrupted run starts anew.
-        return secrets.token_hex(16)
+        boot_id = secrets.token_hex(16)
+    return f" {boot_id}\n".encode()
 
 
 def _sync_directory(path: Path) -> None:

@@ -24,11 +24,12 @@ from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_he
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUMS = "SHA256SUMS"
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data"),
     *(".ot", ".npz", ".tflite", ".distcp", ".mlmodel", ".nemo"),
 )
-_NOT_SIDE_FILES = frozenset({CONFIG, "ckpt-manifest.json"})
+_NOT_SIDE_FILES = frozenset({CONFIG, "ckpt-manifest.json", SUMS})
 _SIDE_FOLDER_DEPTH = 3
 
 
