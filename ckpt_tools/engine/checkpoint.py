@@ -12,6 +12,7 @@ from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
 from ckpt_tools.core.paths import is_there
 from ckpt_tools.core.tensors import Store, StoredTensor
+from ckpt_tools.engine.digest import ALGORITHM
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
 from ckpt_tools.engine.files import Identity, identities, storage_errors
@@ -69,7 +70,8 @@ class Checkpoint:
     def digests(self) -> Mapping[str, str] | None:
         """Digests of the leaves that the manifest records, None where it has none for leaves of this form."""
         manifest = self.manifest
-        return manifest.tensors if manifest is not None and manifest.form == self.layout.leaf_form else None
+        known = manifest is not None and manifest.form == self.layout.leaf_form and manifest.digest == ALGORITHM
+        return manifest.tensors if manifest is not None and known else None
 
     @property
     def is_encoded(self) -> bool:

@@ -16,7 +16,7 @@ from ckpt_tools.core.errors import FormatError, LayoutError, MismatchError, NotF
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.ends import Digest, decoded_as, plain
+from ckpt_tools.engine.ends import Digest, decoded_as, plain, plains
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, run_threads, tasks_of, windows
 from ckpt_tools.engine.extents import addressable, leaf_extents
 from ckpt_tools.engine.files import FileReader
@@ -67,9 +67,11 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
         held, recorded = checkpoint.layout.leaf_form or "plain", manifest.form or "plain"
         raise MismatchError(f"{checkpoint.root}: the manifest is of the {recorded} form, the tensors are {held}")
     if checkpoint.digests is not None:
-        found = leaf_digests(checkpoint, threads=threads, progress=progress)
+        found = leaf_digests(checkpoint, checkpoint.digests, threads=threads, progress=progress)
         _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
+        if unknown := len(checkpoint.layout.leaves.keys() - found.keys() - checkpoint.shared.keys()):
+            done.append(f"digests: none recorded for {unknown:,} tensors, which shared their blocks with the source")
     if manifest.blobs:
         count = _verify_blobs(checkpoint, threads, progress)
         done.append(f"digests: {count:,} blobs have the bytes that training saved")
@@ -107,21 +109,16 @@ def verify_unhashed(
     """
     recorded = {name: digest for name, digest in (source.digests or {}).items() if name in changed}
     if recorded:
-        found = leaf_digests(source, threads=threads, progress=progress, leaves=recorded)
-        _compare(found, recorded, "tensors", source.root)
+        _compare(leaf_digests(source, recorded, threads=threads, progress=progress), recorded, "tensors", source.root)
     chunks = (chunk for tensor in source.store.tensors.values() for chunk in tensor.chunks)
     _verify_blobs(source, threads, progress, {(chunk.file, chunk.position) for chunk in chunks})
 
 
 def leaf_digests(
-    checkpoint: Checkpoint,
-    *,
-    threads: int | None,
-    progress: Progress | None,
-    leaves: Collection[str] | None = None,
+    checkpoint: Checkpoint, names: Collection[str], *, threads: int | None, progress: Progress | None
 ) -> dict[str, str]:
-    """The digest of every leaf, or of some, read through the layout."""
-    copies = [copy for copy in _reads(checkpoint) if leaves is None or copy.name in leaves]
+    """The digests of those of the named leaves that there are, read through the layout."""
+    copies = [copy for copy in _reads(checkpoint) if copy.name in names]
     found: dict[tuple[str, int], bytes] = {}
 
     with FileReader(checkpoint.root, checkpoint.inputs) as reader:
@@ -137,7 +134,8 @@ def leaf_digests(
             found[task.copy.name, task.low] = digest.digest()
 
         if progress is not None:
-            progress.start("hashing", checkpoint.store.nbytes)
+            parts = ((end.itemsize, part) for copy in copies for end in plains(copy.source) for part in end.extents)
+            progress.start("hashing", sum(itemsize * part.numel for itemsize, part in parts))
         run_threads(tasks_of(copies), act, threads)
         reader.check_unchanged()
     return {c.name: combine([found[c.name, low] for low, _ in c.segments()]) for c in copies}

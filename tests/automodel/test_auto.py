@@ -323,3 +323,8 @@ def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
 
 def test_errors_share_one_base() -> None:
     assert issubclass(UsageError, CkptError)
+
+
+def test_a_url_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(UsageError, match="models load from directories and the Hub"):
+        NeMoAutoModelForCausalLM.from_pretrained("s3://bucket/model")

@@ -8,11 +8,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ckpt_tools import consolidate, convert, verify
-from ckpt_tools.core.errors import MismatchError
+from ckpt_tools import CopyReport, consolidate, convert, verify
+from ckpt_tools.core.errors import MismatchError, RankError
+from ckpt_tools.core.tensors import Checksum
+from ckpt_tools.engine import sharing
+from ckpt_tools.engine.checksums import ChecksumPass
 from ckpt_tools.formats.dcp import open_dcp
 from tests.checkpoints import make_repository, tensor_bytes
 from tests.dialects.writers import tensors_of
+from tests.engine.file_systems import BLOCK, stand_in
+from tests.engine.test_ranks import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -50,6 +55,43 @@ def test_a_flipped_bit_is_found_and_named_and_nothing_is_written(tmp_path: Path)
         consolidate(saved, tmp_path / "out", like=source)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.ckpt-staging").exists()
+
+
+def test_of_what_shares_its_blocks_unread_none_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "WORTH", BLOCK)
+    stand_in(monkeypatch)
+    source = make_repository(tmp_path / "source", "qwen3", vocab_size=512)
+    saved, shared, copied = tmp_path / "saved", "model.model.embed_tokens.weight", "model.model.norm.weight"
+    dcp.save({"model": tensors_of(source)}, checkpoint_id=saved, no_dist=True)
+    assert convert(saved, tmp_path / "whole", like=source).shared
+    flip(saved, shared)
+    report = convert(saved, tmp_path / "unread", like=source)
+    assert report.shared
+    assert report.undigested
+    with pytest.raises(MismatchError, match=r"1 pieces do not have the CRC-32.*\n.*embed_tokens"):
+        convert(saved, tmp_path / "read", like=source, digests=True)
+    flip(saved, copied)
+    with pytest.raises(MismatchError, match=r"1 pieces do not have the CRC-32.*\n.*norm"):
+        convert(saved, tmp_path / "some", like=source)
+
+
+def test_each_of_several_ranks_compares_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, saved = saved_by_torch(tmp_path)
+    compare, compared = ChecksumPass._compare, []
+
+    def counting(self: ChecksumPass, checksum: Checksum) -> None:
+        compared.append(checksum)
+        compare(self, checksum)
+
+    monkeypatch.setattr(ChecksumPass, "_compare", counting)
+    ended = together(3, tmp_path / "out", lambda ranks: convert(saved, tmp_path / "out", like=source, ranks=ranks))
+    assert all(isinstance(report, CopyReport) for report in ended), ended
+    assert sorted(compared) == sorted(open_dcp(saved).checksums)
+    flip(saved, "model.model.norm.weight")
+    ended = together(3, tmp_path / "bad", lambda ranks: convert(saved, tmp_path / "bad", like=source, ranks=ranks))
+    assert sum(isinstance(error, MismatchError) for error in ended) == 1, ended
+    assert sum(isinstance(error, RankError) and "CRC-32" in error.message for error in ended) == 2
+    assert not (tmp_path / "bad").exists()
 
 
 def test_where_torch_was_told_to_compute_none_there_is_nothing_to_compare(tmp_path: Path) -> None:

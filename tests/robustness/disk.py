@@ -169,6 +169,10 @@ class Disk:
         fd, data, position = call.arguments
         self._file(self._open[fd]).change(position, data)
 
+    def _clone(self, call: Call) -> None:
+        fd, position, data = call.arguments[-1]
+        self._file(self._open[fd]).change(position, data)
+
     def _ftruncate(self, call: Call) -> None:
         fd, size = call.arguments
         self._file(self._open[fd]).change(size, None)
@@ -218,6 +222,7 @@ _PLAYERS: dict[str, Callable[[Disk, Call], None]] = {
     "close": Disk._close,
     "flock": Disk._flock,
     "pwrite": Disk._pwrite,
+    "clone": Disk._clone,
     "ftruncate": Disk._ftruncate,
     "fsync": Disk._fsync,
     "mkdir": Disk._mkdir,

@@ -202,7 +202,7 @@ class Frame:
 
     Attributes:
         prefix: from the archive's first byte to the tensor; it ends in zeros that may be left as a hole.
-        data_position: absolute position of the tensor in the file, a multiple of 4096.
+        data_position: absolute position of the tensor in the file, a multiple of 4096 and the residue asked for.
         suffix: from the tensor's end to the archive's end.
         end: absolute position after the suffix, where the next archive may start.
     """
@@ -213,8 +213,10 @@ class Frame:
     end: int
 
 
-def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
+def frame(dtype: DType, sizes: Sequence[int], position: int, residue: int = 0) -> Frame:
     """The archive for a row-major tensor that starts at the absolute byte `position` of a file.
+
+    The tensor itself starts `residue` bytes after a multiple of 4096.
 
     The checksum field of the tensor is 0, as torch writes it under `set_crc32_options(False)`: the bytes are not known
     when the frame is made, and torch does not check it. The digests of a checkpoint are in its manifest.
@@ -229,7 +231,7 @@ def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
         archive.small_entry(f"{_ARCHIVE}/version", b"3\n"),
     ]
     prefix, central = archive.join(entries)
-    header, record = archive.large_entry(f"{_ARCHIVE}/data/0", nbytes, len(prefix), position, ALIGNMENT)
+    header, record = archive.large_entry(f"{_ARCHIVE}/data/0", nbytes, len(prefix), position, ALIGNMENT, residue)
     prefix += header
     suffix = archive.directory([*central, record], len(prefix) + nbytes)
     data_position = position + len(prefix)
