@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.core.errors import NotFoundError
+from ckpt_tools.core.errors import NotFoundError, UsageError
 from ckpt_tools.formats.dcp.metadata import METADATA_FILE
 from ckpt_tools.formats.hf import CONFIG
-from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.formats.hub import is_url, resolve_source
 
 _DOWNLOAD_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "token"})
 HUB_OPTIONS = _DOWNLOAD_OPTIONS | {"code_revision", "proxies", "resume_download", "subfolder"}
@@ -51,9 +51,14 @@ def locate(
         weights: False fetches configuration and tokenizer alone.
 
     Raises:
+        UsageError: another URL than the Hub's.
         NotFoundError: neither a directory nor a reachable repository, or no such subfolder in it.
     """
     name = str(source)
+    if is_url(name):
+        raise UsageError(
+            f"{name} is a URL; models load from directories and the Hub", hint=f"ckpt convert {name} native"
+        )
     given = {key: options[key] for key in HUB_OPTIONS if options.get(key)}
     subfolder = str(given.pop("subfolder", ""))
     steering = {key: value for key, value in given.items() if key in _DOWNLOAD_OPTIONS}

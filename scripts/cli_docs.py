@@ -23,6 +23,10 @@ INTRODUCTION = """\
   `{"error": ..., "hint": ..., "exit_code": ...}`. Progress stays on stderr unless `--quiet` is given too.
 - Progress is a bar on a terminal and a line every five seconds elsewhere. `NO_COLOR` is respected.
 - An existing output is never touched without `--overwrite`, and then it stays until the new one is whole.
+- `torchrun --nproc-per-node N -m ckpt_tools convert ...` (or `consolidate`) shares one plan among N processes, on one
+  machine or on several that share a file system; so does `python -m ckpt_tools` wherever RANK and WORLD_SIZE are set.
+  `--threads` and `--memory` are those of each process, rank 0 alone prints, and any other verb is run by it alone. A
+  rerun resumes with any N. `ckpt`, and the functions without `ranks`, ignore these variables.
 - Exit codes: [errors.md](errors.md). Completion of verbs, options, families, dtypes and mesh axes:
   `ckpt --install-completion`.
 """

@@ -84,7 +84,7 @@ def test_functions_and_verbs_of_one_name_have_the_same_parameters_and_defaults()
         wanted = {
             spelled_otherwise.get(name, name).replace("_", "-"): parameter.default
             for name, parameter in inspect.signature(function).parameters.items()
-            if name != "progress" and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            if name not in ("progress", "ranks") and parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
         options = {
             parameter.names[0].removeprefix("--"): {None: None, "on": True}.get(parameter.default, parameter.default)

@@ -12,6 +12,7 @@ from ckpt_tools.api.checking import roundtrip, verify
 from ckpt_tools.api.copying import consolidate, convert, plan
 from ckpt_tools.api.looking import diff, explain, inspect, list_families
 from ckpt_tools.api.reports import CopyReport, FamilyReport, InspectReport, RoundtripReport, VerifyReport
+from ckpt_tools.engine.ranks import join_ranks
 
 __all__ = [
     "CopyReport",
@@ -24,6 +25,7 @@ __all__ = [
     "diff",
     "explain",
     "inspect",
+    "join_ranks",
     "list_families",
     "plan",
     "roundtrip",

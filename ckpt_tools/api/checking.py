@@ -11,10 +11,13 @@ from ckpt_tools.api.opening import opened, opened_beside
 from ckpt_tools.api.reports import RoundtripReport, VerifyReport
 from ckpt_tools.engine.checksums import verify_checksums
 from ckpt_tools.engine.execute import Progress
+from ckpt_tools.engine.sums import verify_sums
 from ckpt_tools.engine.verify import Checks, check_duplicates, compare, verify_digests, verify_structure
 from ckpt_tools.formats.hub import resolve_source
+from ckpt_tools.formats.remote import by_url
 
 
+@by_url
 def verify(
     path: str | Path,
     *,
@@ -34,8 +37,8 @@ def verify(
         family: name of the family; None reads it from config.json.
         dialect: whose names a trainer's checkpoint has, such as `torchtitan`; None finds it out from the names.
         like: a repository of the same model, for a checkpoint without config.json of its own.
-        digests: compare the digests of the manifest, and the checksums that torch left in DCP files, where there are
-            any.
+        digests: compare the digests of the manifest, the checksums that torch left in DCP files, and `SHA256SUMS`,
+            where there are any.
         threads: worker threads.
         progress: told of bytes as they are read.
 
@@ -50,6 +53,7 @@ def verify(
     if digests:
         checks.done += verify_digests(checkpoint, threads=threads, progress=progress)
         checks.done += verify_checksums(checkpoint, threads=threads, progress=progress)
+        checks.done += verify_sums(checkpoint.root, threads=threads, progress=progress)
     if against is not None:
         other = opened_beside(against, family, like, checkpoint.layout.form)
         # A native checkpoint can be seen against any form: against that of the other side.
@@ -71,6 +75,7 @@ def verify(
     )
 
 
+@by_url
 def roundtrip(
     source: str | Path,
     *,

@@ -6,30 +6,34 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ckpt_tools.api.opening import opened
 from ckpt_tools.api.reports import CopyReport
 from ckpt_tools.core.dtypes import DType, parse_dtype
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError
 from ckpt_tools.core.sizes import parse_size
+from ckpt_tools.engine.bounds import CopyOptions, shared_bytes, thread_bytes
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.copy import CopyOptions, run_plan, thread_bytes
-from ckpt_tools.engine.execute import Progress
+from ckpt_tools.engine.cloning import Reflink, block_for
+from ckpt_tools.engine.copy import known_digests, run_plan
+from ckpt_tools.engine.execute import Copied, Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.ranks import OtherRank, Ranks
 from ckpt_tools.engine.sharding import parse_mesh
 from ckpt_tools.engine.sides import native_side_files, repository_side_files
 from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_native
-from ckpt_tools.engine.verify import check_duplicates
 from ckpt_tools.families import get_family
 from ckpt_tools.families.family import LAYOUT_VERSION
 from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
+from ckpt_tools.formats.remote import by_url, place, remote_files
 from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
 
+@by_url
 def convert(
     source: str | Path,
     destination: str | Path,
@@ -44,15 +48,19 @@ def convert(
     revision: str | None = None,
     max_file_size: str | int = "5GB",
     overwrite: bool = False,
+    reflink: Reflink = "auto",
+    digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a native checkpoint out of a Hugging Face repository, or out of a native one of another mesh.
 
     Args:
-        source: a directory, `org/name`, `org/name@revision` or `hf://org/name`.
+        source: a directory, `org/name`, `org/name@revision`, `hf://org/name`, or a URL such as `s3://bucket/name`.
         destination: directory to make; `torch.distributed.checkpoint.load` reads it.
         mesh: `dp_shard=2,ep=4` to lay the files out for the ranks of that mesh; any mesh can load any of them.
         file_format: `dcp` or `safetensors`.
@@ -65,10 +73,16 @@ def convert(
         revision: of a Hub repository.
         max_file_size: size of a file when no mesh is given, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
+        reflink: share the blocks of tensors with the source where the file system can (`auto`), copy all bytes
+            (`never`), or refuse where it cannot (`always`). Either side can be changed or deleted afterwards.
+        digests: read shared tensors, too, as copying does. Otherwise they have the digests that the source's manifest
+            records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
@@ -85,16 +99,18 @@ def convert(
         dtype=_dtype(dtype),
         max_file_size=parse_size(max_file_size),
         layout=_own_layout(checkpoint),
+        block=_block(reflink, checkpoint, destination, ranks),
     )
-    options = _options(overwrite, threads, memory, progress)
-    rounded: frozenset[str] = frozenset()
+    _check_sharing(reflink, plan)
+    options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
+    copied = None
     if not dry_run:
-        check_duplicates(checkpoint)
         side_files = native_side_files(checkpoint)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, copied, started, ranks)
 
 
+@by_url
 def consolidate(
     source: str | Path,
     destination: str | Path,
@@ -107,10 +123,14 @@ def consolidate(
     like: str | Path | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    reflink: Reflink = "auto",
+    digests: bool = False,
     threads: int | None = None,
     memory: str | int | None = None,
+    sha256: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> CopyReport:
     """Makes a Hugging Face repository out of a native or training checkpoint, ours or another trainer's.
 
@@ -118,7 +138,7 @@ def consolidate(
     read, and the tokenizer's files are the source's, byte for byte.
 
     Args:
-        source: directory of the checkpoint.
+        source: directory of the checkpoint, or its URL.
         destination: directory to make.
         readers: such as `vllm,sglang`: write what all of these accept, or refuse with the reason; None changes no
             tensor names and no values of config fields for any reader's sake.
@@ -130,10 +150,16 @@ def consolidate(
         like: as for `convert`.
         max_shard_size: size of a file, such as `5GB`.
         overwrite: replace an existing destination, which stays until the new one is whole.
+        reflink: share the blocks of tensors with the source where the file system can (`auto`), copy all bytes
+            (`never`), or refuse where it cannot (`always`). Either side can be changed or deleted afterwards.
+        digests: read shared tensors, too, as copying does. Otherwise they have the digests that the source's manifest
+            records, and none where it has none.
         threads: worker threads.
         memory: bound of buffers, such as `64MB`.
+        sha256: write `SHA256SUMS`, the SHA-256 of every file; it takes one more read of the output.
         dry_run: plan and prove only.
         progress: told of bytes as they move.
+        ranks: from `join_ranks`, the processes that share the work; None for this one alone.
     """
     started = time.perf_counter()
     resolved = resolve_source(str(source))
@@ -146,17 +172,24 @@ def consolidate(
     if readers is not None:
         checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
     target = _target_layout(checkpoint, quantize)
-    plan = plan_huggingface(checkpoint, dtype=_dtype(dtype), max_shard_size=parse_size(max_shard_size), layout=target)
-    options = _options(overwrite, threads, memory, progress)
-    rounded: frozenset[str] = frozenset()
+    plan = plan_huggingface(
+        checkpoint,
+        dtype=_dtype(dtype),
+        max_shard_size=parse_size(max_shard_size),
+        layout=target,
+        block=_block(reflink, checkpoint, destination, ranks),
+    )
+    _check_sharing(reflink, plan)
+    options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
+    copied = None
     if not dry_run:
-        check_duplicates(checkpoint)
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
         side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
-        rounded = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options)
-    return _report(plan, None if dry_run else destination, options, rounded, started)
+        copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
+    return _report(plan, None if dry_run else destination, options, copied, started, ranks)
 
 
+@by_url
 def plan(
     source: str | Path,
     *,
@@ -172,6 +205,8 @@ def plan(
     like: str | Path | None = None,
     revision: str | None = None,
     max_file_size: str | int = "5GB",
+    reflink: Reflink = "auto",
+    digests: bool = False,
     memory: str | int | None = None,
     threads: int | None = None,
 ) -> CopyReport:
@@ -191,6 +226,8 @@ def plan(
         like: as for both.
         revision: of a Hub repository.
         max_file_size: size of a file.
+        reflink: as for both; the output is taken to be made beside the source.
+        digests: as for both.
         memory: bound of buffers.
         threads: worker threads.
     """
@@ -209,6 +246,8 @@ def plan(
             dialect=dialect,
             like=like,
             max_shard_size=max_file_size,
+            reflink=reflink,
+            digests=digests,
             memory=memory,
             threads=threads,
             dry_run=True,
@@ -224,10 +263,31 @@ def plan(
         dialect=dialect,
         like=like,
         max_file_size=max_file_size,
+        reflink=reflink,
+        digests=digests,
         memory=memory,
         threads=threads,
         dry_run=True,
     )
+
+
+def _block(reflink: Reflink, source: Checkpoint, destination: str | Path, ranks: Ranks | None) -> int | None:
+    if isinstance(ranks, OtherRank):
+        return ranks.block()
+    # A plan that names no destination is for one beside the source.
+    out = Path(destination) if str(destination) else source.root.absolute()
+    block = block_for(_one_of("reflink", reflink, get_args(Reflink)), source.root, source.store.files, out)
+    if ranks is not None:
+        ranks.tell_block(block)
+    return block
+
+
+def _check_sharing(reflink: Reflink, plan: Plan) -> None:
+    if reflink == "always" and not plan.sharing.leaves:
+        raise UsageError(
+            f"no tensor of {plan.source.root} lies so that the output could share its blocks",
+            hint="tensors that are small, cast or transposed are always copied; --reflink auto does that",
+        )
 
 
 def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
@@ -287,12 +347,22 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]):  # type: ignore[no
     return value
 
 
-def _options(overwrite: bool, threads: int | None, memory: str | int | None, progress: Progress | None) -> CopyOptions:
-    return CopyOptions(overwrite, threads, None if memory is None else parse_size(memory), progress)
+def _options(
+    overwrite: bool,
+    threads: int | None,
+    memory: str | int | None,
+    progress: Progress | None,
+    reflink: Reflink,
+    digests: bool,
+    sha256: bool,
+) -> CopyOptions:
+    bound = None if memory is None else parse_size(memory)
+    return CopyOptions(overwrite, threads, bound, progress, strict=reflink == "always", digests=digests, sha256=sha256)
 
 
 def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
-    source = {"directory": plan.source.root.name}
+    remote = remote_files(plan.source.root)
+    source = {"directory": plan.source.root.name} if remote is None else {"url": remote.url}
     if resolved.repository:
         source = {"repository": resolved.repository, "revision": resolved.revision or ""}
     layout = plan.source.layout
@@ -300,15 +370,24 @@ def _manifest(plan: Plan, resolved: ResolvedSource) -> Manifest:
 
 
 def _report(
-    plan: Plan, destination: str | Path | None, options: CopyOptions, rounded: frozenset[str], started: float
+    plan: Plan,
+    destination: str | Path | None,
+    options: CopyOptions,
+    copied: Copied | None,
+    started: float,
+    ranks: Ranks | None,
 ) -> CopyReport:
     source: Checkpoint = plan.source
     dropped, ties = dict(source.dropped), source.layout.native_tied
     dropped.update({name: f"tied to {ties[name]} with the same values" for name in source.duplicates})
     per_thread = thread_bytes(plan)
-    threads = options.bounded_threads(per_thread)
+    shared = shared_bytes(plan)
+    threads = options.bounded_threads(per_thread, shared)
+    if copied is None:
+        unread = () if options.digests else plan.sharing.leaves.keys()
+        copied = Copied(frozenset(), plan.sharing.nbytes(), len(unread) - len(known_digests(plan, unread)))
     return CopyReport(
-        str(source.root),
+        place(source.root),
         None if destination is None else str(destination),
         source.layout.family,
         source.side,
@@ -321,11 +400,14 @@ def _report(
         sum(copy.changes_values and not (copy.dequantises or copy.quantises) for copy in plan.copies),
         sum(copy.dequantises for copy in plan.copies),
         sum(copy.quantises for copy in plan.copies),
-        len(rounded),
+        len(copied.rounded),
+        copied.shared,
+        copied.undigested,
         dropped,
         len(source.store.skipped),
         source.manifest.foreign_digests if source.manifest else "",
-        threads * per_thread,
+        threads * per_thread + shared,
         threads,
+        ranks.world if ranks else 1,
         time.perf_counter() - started,
     )

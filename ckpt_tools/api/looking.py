@@ -10,8 +10,10 @@ from ckpt_tools.engine import describe
 from ckpt_tools.engine.describe import Difference, Explanation
 from ckpt_tools.families import FAMILIES, get_family
 from ckpt_tools.families.dialects import DIALECTS
+from ckpt_tools.formats.remote import by_url
 
 
+@by_url
 def inspect(
     path: str | Path, *, family: str | None = None, dialect: str | None = None, like: str | Path | None = None
 ) -> InspectReport:
@@ -37,6 +39,7 @@ def inspect(
     )
 
 
+@by_url
 def diff(
     left: str | Path, right: str | Path, *, family: str | None = None, like: str | Path | None = None
 ) -> list[Difference]:
@@ -47,6 +50,7 @@ def diff(
     return describe.differences(opened_beside(left, family, like), opened_beside(right, family, like))
 
 
+@by_url
 def explain(
     path: str | Path,
     name: str,

@@ -27,12 +27,16 @@ class CopyReport:
         quantized: number of tensors that are stored quantised now.
         rounded: number of those that do not read back bit for bit as the values that they were made of; 0 for a dry
             run, which reads none.
+        shared: bytes of tensors that share their disk blocks with the source.
+        undigested: number of tensors for which the manifest has no digest: they are shared, and the source records
+            none.
         dropped: names that were left out on purpose, with the reason.
         skipped: number of entries that are not weights of the model (optimizer state, byte blobs).
         unchecked: why the source's digests were not compared on the way, in words; empty where they were, or where it
             has none.
         memory: upper bound of the buffers in bytes.
         threads: worker threads.
+        ranks: processes that shared the work; `memory` and `threads` are those of each.
         seconds: wall time, planning included.
     """
 
@@ -50,11 +54,14 @@ class CopyReport:
     dequantized: int
     quantized: int
     rounded: int
+    shared: int
+    undigested: int
     dropped: dict[str, str]
     skipped: int
     unchecked: str
     memory: int
     threads: int
+    ranks: int
     seconds: float
 
 

@@ -28,6 +28,7 @@ from ckpt_tools.cli.failures import (
     unknown_verb,
 )
 from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import is_bystander, output
 from ckpt_tools.version import __version__
 
 _GOES_ON = "the same command again goes on where this one stopped"
@@ -51,6 +52,8 @@ class Application(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             # Paths and tensor names hold any character, and a log's encoding may not: escape rather than fail.
             getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+        if is_bystander(arguments):
+            sys.exit(0)
         try:
             code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
         except Exception as error:
@@ -83,17 +86,17 @@ class Application(TyperGroup):
 def _output(arguments: Sequence[str]) -> Output:
     """The sink that the command line asks for, also when it could not be parsed."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return Output(json="--json" in options, quiet="--quiet" in options or "-q" in options)
+    return output("--json" in options, "--quiet" in options or "-q" in options)
 
 
-def _fail(error: Exception, output: Output) -> int:
+def _fail(error: Exception, out: Output) -> int:
     known = failure(error)
     if known is not None:
-        output.fail(known.message, known.hint, known.exit_code)
+        out.fail(known.message, known.hint, known.exit_code)
         return known.exit_code
     sys.stderr.write(traceback_of(error))
     hint = "this is a defect of ckpt, not of your files: please report it with the lines above"
-    output.fail(f"{type(error).__name__}: {error}", hint, INTERNAL_ERROR)
+    out.fail(f"{type(error).__name__}: {error}", hint, INTERNAL_ERROR)
     return INTERNAL_ERROR
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import output, sharing
 
 EXAMPLES = (
     "ckpt consolidate ./native ./Qwen3-30B-A3B-tuned",
@@ -11,6 +11,8 @@ EXAMPLES = (
     "ckpt consolidate ./runs/tuned/step-1000 ./published --quantize mxfp4",
     "ckpt consolidate ./native ./published --for vllm,sglang",
     "ckpt consolidate ./torchtitan/step-1000 ./published --like Qwen/Qwen3-30B-A3B",
+    "ckpt consolidate ./native ./published --sha256",
+    "torchrun --nproc-per-node 4 -m ckpt_tools consolidate ./native ./published",
 )
 
 
@@ -25,8 +27,11 @@ def consolidate(
     like: options.Like = None,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
+    reflink: options.Sharing = options.Reflink.AUTO,
+    digests: options.Digests = False,
     threads: options.Threads = None,
     memory: options.Memory = None,
+    sha256: options.Sha256 = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -40,8 +45,8 @@ def consolidate(
     from ckpt_tools import api
     from ckpt_tools.cli.copying import copy_lines, next_step
 
-    out = Output(json, quiet)
-    with out.progress() as progress:
+    out = output(json, quiet)
+    with out.progress() as progress, sharing(destination, alone=dry_run) as ranks:
         report = api.consolidate(
             source,
             destination,
@@ -53,10 +58,14 @@ def consolidate(
             like=like,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            reflink=reflink.value,
+            digests=digests,
             threads=threads,
             memory=memory,
+            sha256=sha256,
             dry_run=dry_run,
             progress=progress,
+            ranks=ranks,
         )
     out.done(report, copy_lines(report))
     out.hint(next_step(report, source, like))

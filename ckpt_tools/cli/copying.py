@@ -31,6 +31,11 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
         yield "dequantised", counted(report.dequantized, "tensor")
     if report.quantized:
         yield "quantised", counted(report.quantized, "tensor") + ("" if planned else f"; {_rounded(report)}")
+    if report.shared:
+        share = 100 * report.shared / report.nbytes
+        yield "shared", f"{format_size(report.shared)}, {share:.1f} %, without a copy on the disk"
+    if report.undigested:
+        yield "digests", f"none for {counted(report.undigested, 'tensor')} that are shared unread; --digests makes them"
     for reason in dict.fromkeys(report.dropped.values()):
         names = [name for name, why in report.dropped.items() if why == reason]
         for name in names if len(names) <= _LISTED else names[:1]:
@@ -45,7 +50,8 @@ def _rows(report: CopyReport) -> Iterator[tuple[str, str]]:
         yield "memory", f"at most {format_size(report.memory)} in {counted(report.threads, 'thread')}"
     else:
         rate = f" ({format_size(report.nbytes / report.seconds)}/s)" if report.seconds else ""
-        yield "time", f"{duration(report.seconds)}{rate}"
+        ranks = f" in {counted(report.ranks, 'process', 'processes')}" if report.ranks > 1 else ""
+        yield "time", f"{duration(report.seconds)}{ranks}{rate}"
 
 
 def _rounded(report: CopyReport) -> str:

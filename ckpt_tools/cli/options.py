@@ -23,6 +23,14 @@ class QuantizedForm(str, Enum):
     MXFP4 = "mxfp4"
 
 
+class Reflink(str, Enum):
+    """Whether an output shares disk blocks with its source."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 def complete_family(incomplete: str) -> list[str]:
     """Family names that begin with what was typed."""
     from ckpt_tools.families import FAMILIES
@@ -64,12 +72,14 @@ def complete_readers(incomplete: str) -> list[str]:
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="A directory, org/name, org/name@revision or hf://org/name. Example: ./Qwen3-30B-A3B"
+        metavar="SRC",
+        help="A directory, org/name, org/name@revision, hf://org/name, or a URL such as s3://bucket/name. "
+        "Example: ./Qwen3-30B-A3B",
     ),
 ]
 Checkpoint = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="Directory of a native checkpoint, or of a trainer's. Example: ./native"),
+    typer.Argument(metavar="SRC", help="Directory or URL of a native checkpoint, or of a trainer's. Example: ./native"),
 ]
 AnyCheckpoint = Annotated[
     str,
@@ -158,6 +168,22 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an existing output, which stays until the new one is whole."),
 ]
+Sharing = Annotated[
+    Reflink,
+    typer.Option(
+        "--reflink",
+        help="Share disk blocks with the source in place of copying, where the file system can (XFS, Btrfs); always is "
+        "an error where it cannot. Example: --reflink never",
+    ),
+]
+Digests = Annotated[
+    bool,
+    typer.Option(
+        "--digests",
+        help="Read shared tensors, too, to check and record their digests. Default: those that the source's manifest "
+        "records are taken over.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -173,6 +199,10 @@ Memory = Annotated[
         help="Bound of the copy buffers; fewer threads run when it is small. Default: 4 MiB a thread. "
         "Example: --memory 64MB",
     ),
+]
+Sha256 = Annotated[
+    bool,
+    typer.Option("--sha256", help="Write SHA256SUMS beside the files, for signing and sha256sum -c; reads them again."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and prove from headers; write nothing.")]
 Json = Annotated[

@@ -31,10 +31,12 @@ class Output:
     Attributes:
         json: one JSON object on stdout in place of lines for people.
         quiet: no progress, no hints and no summary of success.
+        speaker: who says it, before each error, where several processes write to one place.
     """
 
     json: bool = False
     quiet: bool = False
+    speaker: str = ""
 
     def show(self, report: DataclassInstance | Mapping[str, object], lines: Iterable[str]) -> None:
         """What the user asked to see; `--quiet` does not silence it."""
@@ -61,9 +63,9 @@ class Output:
             _write_json({"error": message, "hint": hint, "exit_code": exit_code})
             sys.stdout.flush()
             return
-        self._stderr("error: ", RED, message)
+        self._stderr("error: ", RED, message, self.speaker)
         if hint:
-            self._stderr("hint: ", CYAN, hint)
+            self._stderr("hint: ", CYAN, hint, self.speaker)
 
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
@@ -77,10 +79,10 @@ class Output:
             yield meter
 
     @staticmethod
-    def _stderr(word: str, colour: int, text: str) -> None:
+    def _stderr(word: str, colour: int, text: str, speaker: str = "") -> None:
         if _is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
             word = f"\033[1;{colour}m{word}\033[0m"
-        sys.stderr.write(f"{word}{printable(text)}\n")
+        sys.stderr.write(f"{speaker}{word}{printable(text)}\n")
         sys.stderr.flush()
 
 

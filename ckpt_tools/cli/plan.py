@@ -40,6 +40,8 @@ def plan(
     like: options.Like = None,
     revision: options.Revision = None,
     max_file_size: options.MaxFileSize = "5GB",
+    reflink: options.Sharing = options.Reflink.AUTO,
+    digests: options.Digests = False,
     memory: options.Memory = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -67,6 +69,8 @@ def plan(
         like=like,
         revision=revision,
         max_file_size=max_file_size,
+        reflink=reflink.value,
+        digests=digests,
         memory=memory,
         threads=threads,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.output import Output
+from ckpt_tools.cli.ranks import output
 from ckpt_tools.core.errors import CkptError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(
         else:
             report = _train_under_torchrun(config, changes, nproc_per_node, quiet, report=json)
     # The log ends with the report's lines, so there is nothing more to say to people.
-    Output(json, quiet).done(report, ())
+    output(json, quiet).done(report, ())
 
 
 class TrainingFailed(CkptError):

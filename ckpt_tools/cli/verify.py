@@ -38,7 +38,8 @@ def verify(
         bool,
         typer.Option(
             "--digests/--no-digests",
-            help="Compare values with the digests of the manifest, or with the checksums that torch saved.",
+            help="Compare values with the digests of the manifest or the checksums that torch saved, and files with "
+            "SHA256SUMS.",
         ),
     ] = True,
     threads: options.Threads = None,

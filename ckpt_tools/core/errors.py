@@ -85,6 +85,12 @@ class NotFoundError(CkptError):
     exit_code = 11
 
 
+class RankError(CkptError):
+    """Another process of a run that several share failed, went away or did not come."""
+
+    exit_code = 12
+
+
 EXIT_CODES: dict[int, str] = {
     0: "success",
     **{
@@ -101,6 +107,7 @@ EXIT_CODES: dict[int, str] = {
             OutputExistsError,
             InputChangedError,
             NotFoundError,
+            RankError,
         )
     },
     130: "interrupted; a rerun resumes",

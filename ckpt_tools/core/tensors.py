@@ -5,6 +5,7 @@ Every format reader returns a `Store`, every writer is planned as one, and the e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -38,6 +39,10 @@ class Chunk:
         return prod(self.sizes)
 
 
+ChunkResidues = Mapping[tuple[str, tuple[int, ...]], int]
+"""By name of a tensor and offsets of a chunk: position in its file modulo 4 KiB, a multiple of 8."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A named tensor and where its elements lie."""
@@ -62,7 +67,7 @@ class Checksum(NamedTuple):
     tensor: str
     file: str
     position: int
-    length: int
+    nbytes: int
     crc: int
 
 

@@ -6,7 +6,8 @@ and the digests that a training save of ours has of its blobs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.execute import PlacedTask, Progress, run_threads
 from ckpt_tools.engine.files import FileReader
 from ckpt_tools.engine.manifest import Manifest
+from ckpt_tools.engine.plan import Plan
 
 try:
     from isal.isal_zlib import crc32  # eight times as fast, where it is installed
@@ -34,32 +36,61 @@ class Recorded(NamedTuple):
 
     Attributes:
         tensor: whose bytes these are, empty where that is not known.
-        file, position, length: where they lie; in bytes.
+        file, position, nbytes: where they lie.
         value: their CRC-32, or their xxh3-128 as hexadecimal text.
     """
 
     tensor: str
     file: str
     position: int
-    length: int
+    nbytes: int
     value: int | str
 
 
-def recorded_of(source: Checkpoint) -> list[Recorded]:
-    """What a copy out of a checkpoint can compare beside the digests of its leaves.
+def recorded_of(plan: Plan, unread: Collection[str]) -> list[Recorded]:
+    """What a copy can compare beside the digests of its leaves, in the order of the files.
 
     These are the blobs that hold its tensors, where training saved it; or, without digests of ours, torch's checksums.
+
+    Args:
+        plan: of the copy.
+        unread: leaves that share their blocks with the source, and whose bytes nobody reads.
     """
+    source = plan.source
     if source.manifest is not None and source.manifest.blobs:
         chunks = (chunk for tensor in source.store.tensors.values() for chunk in tensor.chunks)
         places = {(chunk.file, chunk.position) for chunk in chunks}
-        return [blob for blob in blobs_of(source.manifest) if (blob.file, blob.position) in places]
-    return [] if source.digests else [Recorded(*checksum) for checksum in source.store.checksums]
+        recorded = [blob for blob in blobs_of(source.manifest) if _place(blob) in places]
+    else:
+        recorded = [] if source.digests else [Recorded(*checksum) for checksum in source.store.checksums]
+    recorded.sort(key=_place)
+    return _read_ones(recorded, plan, unread) if recorded and unread else recorded
+
+
+def _read_ones(recorded: Sequence[Recorded], plan: Plan, unread: Collection[str]) -> list[Recorded]:
+    """Those of the parts that hold something of a leaf that is read; each tensor lies in one of them."""
+    source = plan.source
+    read = {source.shared.get(copy.name, copy.name) for copy in plan.copies if copy.name not in unread}
+    skipped = {source.shared.get(name, name) for name in unread} - read
+    places = [_place(part) for part in recorded]
+    wanted = [True] * len(recorded)
+    # A part that lies over several tensors is wanted if one of them is.
+    for is_read in (False, True):
+        for name, tensor in source.store.tensors.items():
+            leaves = source.layout.native[name].leaves if source.side == "native" else (name,)
+            if skipped.issuperset(leaves) is not is_read:
+                for chunk in tensor.chunks:
+                    wanted[bisect_right(places, (chunk.file, chunk.position)) - 1] = is_read
+    return [part for part, is_wanted in zip(recorded, wanted, strict=True) if is_wanted]
 
 
 def blobs_of(manifest: Manifest) -> list[Recorded]:
     """The blobs whose digests a manifest records."""
     return [Recorded("", file, *entry) for file, entries in manifest.blobs.items() for entry in entries]
+
+
+def _place(part: Recorded) -> tuple[str, int]:
+    return part.file, part.position
 
 
 class RecordedPass:
@@ -73,14 +104,14 @@ class RecordedPass:
 
     def __init__(self, reader: FileReader, recorded: Sequence[Recorded], progress: Progress | None = None) -> None:
         self._reader = reader
-        self._recorded = sorted(recorded, key=lambda part: (part.file, part.position))
+        self._recorded = sorted(recorded, key=_place)
         self._progress = progress
         self._wrong: list[str] = []
 
     def tasks(self) -> Iterator[PlacedTask]:
         """The comparisons in the order of the files, to be done by any threads."""
         for part in self._recorded:
-            yield (part.file, part.position), partial(self._compare, part)
+            yield _place(part), partial(self._compare, part)
 
     def finish(self, root: Path) -> None:
         """Raises `MismatchError` if a comparison failed."""
@@ -93,8 +124,8 @@ class RecordedPass:
 
     def _compare(self, part: Recorded) -> None:
         checksum, digest = 0, xxhash.xxh3_128()
-        for at in range(0, part.length, BUFFER):
-            data = scratch("recorded", min(BUFFER, part.length - at))
+        for at in range(0, part.nbytes, BUFFER):
+            data = scratch("recorded", min(BUFFER, part.nbytes - at))
             self._reader.read(part.file, part.position + at, data)
             if isinstance(part.value, int):
                 checksum = crc32(data, checksum)
@@ -115,7 +146,7 @@ def compare_recorded(
         MismatchError: the bytes of one are others.
     """
     if progress is not None:
-        progress.start("checking", sum(part.length for part in recorded))
+        progress.start("checking", sum(part.nbytes for part in recorded))
     with FileReader(checkpoint.root, checkpoint.inputs) as reader:
         checks = RecordedPass(reader, recorded, progress)
         run_threads(checks.tasks(), lambda task: task[1](), threads)

@@ -2,109 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ckpt_tools.core.errors import InputChangedError, MismatchError, ResourceError
+from ckpt_tools.core.errors import InputChangedError, MismatchError
+from ckpt_tools.core.paths import is_there
 from ckpt_tools.core.tensors import TargetFiles
+from ckpt_tools.engine import cloning
+from ckpt_tools.engine.bounds import CopyOptions, check_room, shared_bytes, thread_bytes
 from ckpt_tools.engine.checksums import RecordedPass, recorded_of
 from ckpt_tools.engine.digest import ALGORITHM
-from ckpt_tools.engine.ends import Encoded
-from ckpt_tools.engine.execute import (
-    WINDOW,
-    Executed,
-    Progress,
-    collect,
-    default_threads,
-    execute,
-    tasks_of,
-    window_items,
-)
+from ckpt_tools.engine.execute import Copied, Executed, collect, execute, run_tasks, tasks_of
 from ckpt_tools.engine.files import FileReader, FileWriter, identity_of, storage_errors
 from ckpt_tools.engine.inputs import check_apart, check_unchanged
-from ckpt_tools.engine.journal import FileJournal
+from ckpt_tools.engine.journal import FileJournal, boot_mark
 from ckpt_tools.engine.manifest import MANIFEST, Manifest
-from ckpt_tools.engine.plan import Plan
+from ckpt_tools.engine.plan import Plan, in_place
+from ckpt_tools.engine.ranks import FirstRank, OtherRank
+from ckpt_tools.engine.shares import agreement, share_of
 from ckpt_tools.engine.staging import Staging
-from ckpt_tools.engine.verify import verify_changed
+from ckpt_tools.engine.sums import sums_document
+from ckpt_tools.engine.verify import check_duplicates, verify_changed
 from ckpt_tools.families.family import LAYOUT_VERSION
-from ckpt_tools.formats.hf import SideFile
-from ckpt_tools.layouts.codecs import SCRATCH
+from ckpt_tools.formats.hf import SUMS, SideFile
+from ckpt_tools.formats.remote import remote_files
 from ckpt_tools.version import TOOL
-
-PER_THREAD = 4 * WINDOW
-"""Upper bound of the bytes that a thread holds for plain leaves: window, cast copy and scratch of a strided piece."""
-
-PER_ENCODED_ITEM = 16
-"""Upper bound of the bytes that a thread holds for each item of a window that is quantised: values, codes, and the
-values that they read back as."""
-
-SLACK = 16 << 20
-"""Disk left free beyond the plan, for the journal and the file system's own records."""
-
-
-@dataclass(frozen=True)
-class CopyOptions:
-    """How a copy is run.
-
-    Attributes:
-        overwrite: an existing output may be replaced; it stays until the new one is whole.
-        threads: worker threads, None for the default.
-        memory: upper bound of buffers in bytes, None for no bound.
-        progress: told of bytes as they are written.
-    """
-
-    overwrite: bool = False
-    threads: int | None = None
-    memory: int | None = None
-    progress: Progress | None = None
-
-    def bounded_threads(self, per_thread: int = PER_THREAD) -> int:
-        """Threads that fit into the memory bound, each holding up to `per_thread` bytes.
-
-        Raises:
-            ResourceError: not even one does.
-        """
-        wanted = self.threads or default_threads()
-        if self.memory is None:
-            return wanted
-        fitting = self.memory // per_thread
-        if fitting < 1:
-            raise ResourceError(
-                f"a memory bound of {self.memory:,} bytes is below the {per_thread:,} that one thread needs",
-                hint=f"give --memory {-(-per_thread // (1 << 20))}MiB or more",
-            )
-        return min(wanted, fitting)
-
-
-def thread_bytes(plan: Plan) -> int:
-    """Upper bound of the bytes that one thread of the plan holds: whole blocks of a quantised leaf can be large, and
-    so can windows of transposed ones."""
-    window = max((window_items(copy) * copy.source.itemsize for copy in plan.copies), default=0)
-    plain = PER_THREAD + max(0, window - WINDOW)
-    encoded = (window_items(c) for c in plan.copies if isinstance(c.source, Encoded) or isinstance(c.target, Encoded))
-    items = max(encoded, default=0)
-    return max(plain, PER_ENCODED_ITEM * items + SCRATCH) if items else plain
-
-
-def check_disk(destination: Path, needed: int) -> None:
-    """Raises `ResourceError` when the file system of `destination` has less than `needed` bytes free."""
-    folder = destination.absolute()
-    with storage_errors("look at", folder):
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(
-            f"{destination} needs {needed / 1e9:,.2f} GB and {folder} has {free / 1e9:,.2f} GB free",
-            hint="free space or choose another disk; nothing was written",
-        )
 
 
 def run_plan(
@@ -113,8 +40,9 @@ def run_plan(
     manifest: Manifest,
     side_files: Mapping[str, SideFile | bytes],
     options: CopyOptions,
-) -> frozenset[str]:
-    """Copies everything into place.
+    ranks: FirstRank | OtherRank | None = None,
+) -> Copied:
+    """Puts everything into place: shares what can be shared and copies the rest.
 
     Args:
         plan: the proven plan.
@@ -122,88 +50,183 @@ def run_plan(
         manifest: what to record; its digests are filled in.
         side_files: files that are not tensors, by relative path: a file to copy byte for byte, or the bytes.
         options: how to run.
-
-    Returns:
-        names of the leaves that have values that quantising changed.
+        ranks: the processes that share the work, all of which call this; None for this one alone.
 
     Raises:
         CkptError: whatever went wrong; the destination is then absent or as it was before.
     """
-    threads = options.bounded_threads(thread_bytes(plan))
+    options = replace(options, threads=options.bounded_threads(thread_bytes(plan), shared_bytes(plan)))
+    if isinstance(ranks, OtherRank):
+        return _help(plan, destination, options, ranks)
     key = fingerprint(plan, destination)
     staging = Staging(destination, overwrite=options.overwrite)
     check_apart(plan.source, side_files, (staging.final, staging.path))
     with staging:
-        finished = staging.finished(key)
-        if finished is not None and all(task.number in finished for task in tasks_of(plan.copies)):
+        copied = _found(plan, staging, key, options)
+        if copied is None:
+            copied = _make(plan, staging, key, manifest, side_files, options, ranks)
+        else:
             staging.discard()
-            return collect(plan.copies, finished).rounded
-        _check_room(plan, staging, side_files)
-        journal = staging.resume(key, plan.target.store.files)
-        changed = {copy.name for copy in plan.copies if copy.changes_values}
-        try:
-            verify_changed(plan.source, changed, threads=threads, progress=options.progress)
-            executed = _copy_tensors(plan, staging, journal, threads, options.progress)
-            manifest.tensors = executed.digests
-            write_side_files(staging, plan.target.documents, side_files, manifest)
-            check_unchanged(plan.source)
-        except (MismatchError, InputChangedError):
-            # What was read is not what should have been: nothing of it is gone on with.
-            staging.discard()
-            raise
-        finally:
+        if ranks is not None:
+            ranks.conclude(copied)
+    return copied
+
+
+def _found(plan: Plan, staging: Staging, key: str, options: CopyOptions) -> Copied | None:
+    """What the copy came to that an interrupted run had put in place already, None where it is to be made."""
+    finished = staging.finished(key)
+    if finished is None or is_there(staging.final / SUMS) is not options.sha256:
+        return None
+    read = {task.copy.name for task in tasks_of(plan.copies) if task.number in finished}
+    placed = plan.sharing.leaves.keys() - read
+    if plan.sharing.leaves and (options.digests or not placed):
+        # Whether blocks are shared of leaves that were read nevertheless is not in the journal.
+        return None
+    if any(task.number not in finished for task in tasks_of(plan.copies, placed)):
+        return None
+    executed = collect(plan.copies, finished, placed=placed)
+    files = {file for parts in plan.sharing.leaves.values() for file in parts}
+    refused = files.difference(*(plan.sharing.leaves[name] for name in placed))
+    return _copied(plan, executed, placed, frozenset(refused))
+
+
+def _copied(plan: Plan, executed: Executed, placed: Collection[str], refused: frozenset[str]) -> Copied:
+    known = known_digests(plan, placed).keys() | executed.digests.keys()
+    return Copied(executed.rounded, plan.sharing.nbytes(refused), len(plan.copies) - len(known))
+
+
+def _make(
+    plan: Plan,
+    staging: Staging,
+    key: str,
+    manifest: Manifest,
+    side_files: Mapping[str, SideFile | bytes],
+    options: CopyOptions,
+    ranks: FirstRank | None,
+) -> Copied:
+    """Makes the output: everything aside, checked and synced, and then under its final name."""
+    check = partial(check_room, plan, staging, side_files)
+    check(plan.sharing.nbytes())
+    journal = staging.resume(key, plan.target.store.files)
+    changed = {copy.name for copy in plan.copies if copy.changes_values}
+    try:
+        check_duplicates(plan.source)
+        verify_changed(plan.source, changed, threads=options.threads, progress=options.progress)
+        executed, placed, refused = _place_tensors(plan, staging, journal, options, check, ranks)
+        manifest.tensors = known_digests(plan, placed) | executed.digests
+        write_side_files(staging, plan.target.documents, side_files, manifest)
+        check_unchanged(plan.source)
+        if options.sha256:
+            files = (*plan.target.store.files, *plan.target.documents, *side_files, MANIFEST)
+            sums = sums_document(staging.path, files, threads=options.threads, progress=options.progress)
+            staging.write_document(SUMS, sums)
+    except (MismatchError, InputChangedError) as error:
+        if ranks is not None:
+            ranks.fail(error)
+        # What was read is not what should have been: nothing of it is gone on with.
+        staging.discard()
+        raise
+    finally:
+        journal.close()
+    staging.commit()
+    return _copied(plan, executed, placed, refused)
+
+
+def _reader(plan: Plan, options: CopyOptions) -> FileReader:
+    """Reader of the source; what is shared is read for its digest only."""
+    reads_most = options.digests or plan.sharing.nbytes() < plan.nbytes_written // 2
+    return FileReader(plan.source.root, plan.source.inputs, ahead=reads_most)
+
+
+def known_digests(plan: Plan, placed: Collection[str]) -> dict[str, str]:
+    """Digests that the source's manifest records of leaves that are taken over without being read."""
+    recorded, names = plan.source.digests or {}, plan.source.shared
+    found = {name: recorded.get(name) or recorded.get(names.get(name, "")) for name in placed}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _help(plan: Plan, destination: Path, options: CopyOptions, ranks: OtherRank) -> Copied:
+    """Copies this process's share into the files that the first one has made."""
+    begun = ranks.begin(plan)
+    if begun is None:
+        return ranks.finish()
+    staging = Staging(destination, overwrite=options.overwrite)
+    staging.check_shared(begun.key)
+    placed = () if options.digests else plan.sharing.placed(begun.refused)
+    with _reader(plan, options) as reader, FileWriter(staging.path) as writer:
+        checks = RecordedPass(reader, share_of(recorded_of(plan, placed), ranks.rank, ranks.world))
+        journal = ranks.journal(writer, same_machine=begun.key.endswith(f" {boot_mark()}\n".encode()))
+        run_tasks(begun.tasks, reader, writer, journal, options.threads, beside=checks.tasks())
+        reader.check_unchanged()
+        checks.finish(plan.source.root)
+        check_unchanged(plan.source)
+        with staging.syncing():
             journal.close()
-        staging.commit()
-    return executed.rounded
+    return ranks.finish()
 
 
-def _copy_tensors(
-    plan: Plan, staging: Staging, journal: FileJournal, threads: int, progress: Progress | None
-) -> Executed:
-    """Fills and syncs every file that holds tensors."""
-    with FileReader(plan.source.root, plan.source.inputs) as reader, FileWriter(staging.path) as writer:
-        write_frames(plan.target, writer)
-        checks = RecordedPass(reader, recorded_of(plan.source))
+def _place_tensors(
+    plan: Plan,
+    staging: Staging,
+    journal: FileJournal,
+    options: CopyOptions,
+    check: Callable[[int], None],
+    ranks: FirstRank | None,
+) -> tuple[Executed, set[str], frozenset[str]]:
+    """Fills and syncs every file that holds tensors.
+
+    Returns:
+        what was read; the leaves that share their blocks; files of the source that cannot.
+    """
+    with _reader(plan, options) as reader, FileWriter(staging.path) as writer:
+        write_frames(plan.target, writer, shared={run.target for run in plan.sharing.shared})
+        # By this process alone, before the rest is divided.
+        refused = cloning.share(plan.sharing, reader, writer, strict=options.strict)
+        placed = plan.sharing.placed(refused)
+        if refused:
+            check(plan.sharing.nbytes(refused))
+        share = None
+        if ranks is not None:
+            share = partial(
+                ranks.sharing,
+                mark=agreement(plan),
+                key=journal.key,
+                refused=refused,
+                journal=journal,
+                progress=options.progress,
+            )
+        unread = () if options.digests else placed
+        checks = RecordedPass(reader, share_of(recorded_of(plan, unread), 0, 1 if ranks is None else ranks.world))
         executed = execute(
-            plan.copies,
+            in_place(plan.copies, placed),
             reader,
             writer,
             journal=journal,
-            threads=threads,
-            progress=progress,
+            threads=options.threads,
+            progress=options.progress,
             expected=plan.source.digests,
             beside=checks.tasks(),
+            share=share,
+            placed=unread,
         )
         reader.check_unchanged()
         checks.finish(plan.source.root)
         with staging.syncing():
             writer.sync()
             journal.sync()
-    return executed
+    return executed, placed, refused
 
 
-def _check_room(plan: Plan, staging: Staging, side_files: Mapping[str, SideFile | bytes]) -> None:
-    """Raises `ResourceError` when the disk has no room for what is not there yet."""
-    beside = sum(map(len, plan.target.documents.values()))
-    for content in side_files.values():
-        if isinstance(content, SideFile):
-            with storage_errors("look at", content.root / content.name):
-                beside += os.stat(content.root / content.name).st_size
-        else:
-            beside += len(content)
-    try:
-        check_disk(staging.final, max(0, plan.nbytes_written + beside + SLACK - _bytes_used(staging.path)))
-    except ResourceError:
-        # An empty directory is of no use to a rerun.
-        with contextlib.suppress(OSError):
-            staging.path.rmdir()
-        raise
+def write_frames(target: TargetFiles, writer: FileWriter, shared: Collection[str] = ()) -> None:
+    """Makes every file at its final size and writes what is not tensor data.
 
-
-def write_frames(target: TargetFiles, writer: FileWriter) -> None:
-    """Makes every file at its final size and writes what is not tensor data."""
+    Args:
+        target: the files.
+        writer: of them.
+        shared: files that are to share blocks; no space is taken for them.
+    """
     for file, size in target.store.files.items():
-        writer.create(file, size)
+        writer.create(file, size, allocate=file not in shared)
     for frame in target.framing:
         writer.write(frame.file, frame.position, memoryview(frame.data))
 
@@ -226,15 +249,20 @@ def write_side_files(
 
 def fingerprint(plan: Plan, destination: Path) -> str:
     """Identifies a plan, its inputs and its output, so that only the same work is resumed."""
-    source = plan.source
+    source, remote = plan.source, remote_files(plan.source.root)
+    place = str(source.root.resolve()) if remote is None else remote.url
     # The algorithm says how leaves are cut, so which segments the numbers of a journal mean.
-    state = hashlib.sha256(repr((TOOL, ALGORITHM, str(source.root.resolve()), os.path.abspath(destination))).encode())
+    state = hashlib.sha256(repr((TOOL, ALGORITHM, place, os.path.abspath(destination))).encode())
     # Where a tensor's elements go follows from the layout, and that from the config: a plan that differs only there
     # has the same files.
     layout = source.layout
     state.update(repr((plan.side, source.side, layout.family, layout.form, LAYOUT_VERSION)).encode())
     state.update(json.dumps(source.config, sort_keys=True).encode())
     for file in source.store.files:
+        if remote is not None:
+            # Of its shell every run makes a new one.
+            state.update(repr((file, remote.versions[file])).encode())
+            continue
         path = source.root / file
         with storage_errors("look at", path):
             status = os.stat(path)
@@ -244,8 +272,3 @@ def fingerprint(plan: Plan, destination: Path) -> str:
     for tensor in plan.target.store.tensors.values():
         state.update(repr((tensor.name, tensor.dtype.name, tensor.shape, tensor.chunks)).encode())
     return state.hexdigest()
-
-
-def _bytes_used(folder: Path) -> int:
-    with storage_errors("look at", folder):
-        return sum(os.stat(p).st_blocks * 512 for p in folder.rglob("*") if p.is_file())

@@ -11,8 +11,7 @@ import heapq
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -54,6 +53,11 @@ class Task:
     low: int
     high: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return (self.high - self.low) * self.copy.source.itemsize
+
 
 PlacedTask = tuple[tuple[str, int], Callable[[], None]]
 """Work that begins to read at a place: (file, position)."""
@@ -85,6 +89,21 @@ class Executed:
     rounded: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy came to.
+
+    Attributes:
+        rounded: names of the leaves that have values that quantising changed.
+        shared: bytes of the output that share their blocks with the source.
+        undigested: number of leaves whose digest is not known: they were shared, and the source records none.
+    """
+
+    rounded: frozenset[str] = frozenset()
+    shared: int = 0
+    undigested: int = 0
+
+
 @dataclass
 class Journal:
     """Segments that are done. The base class only remembers them; the staging's one writes a file."""
@@ -95,12 +114,18 @@ class Journal:
         self.done[number] = outcome
 
 
-def tasks_of(copies: Sequence[LeafCopy]) -> Iterator[Task]:
-    """Every segment of every leaf, numbered."""
+Share = Callable[[Iterable[Task]], contextlib.AbstractContextManager[Iterator[Task]]]
+"""Takes all tasks and gives this process's; on leaving its context the journal has the others' outcomes as well."""
+
+
+def tasks_of(copies: Sequence[LeafCopy], placed: Collection[str] = ()) -> Iterator[Task]:
+    """Every segment of every leaf that is not in place already, numbered."""
     number = 0
     for copy in copies:
         for low, high in copy.segments():
-            yield Task(number, copy, low, high)
+            # Numbers do not depend on what is placed: a rerun may find more or less of it.
+            if copy.name not in placed:
+                yield Task(number, copy, low, high)
             number += 1
 
 
@@ -112,10 +137,10 @@ def default_threads() -> int:
 _room = Room(max(SEGMENT, WIDE * default_threads()))
 
 
-def room_for(copy: LeafCopy) -> AbstractContextManager[None]:
+def room_for(copy: LeafCopy) -> contextlib.AbstractContextManager[None]:
     """Waits for the memory of a window of the leaf, if it is one of the few that are large."""
     nbytes = window_items(copy) * copy.source.itemsize
-    return _room.take(nbytes) if nbytes > WIDE else nullcontext()
+    return _room.take(nbytes) if nbytes > WIDE else contextlib.nullcontext()
 
 
 def execute(
@@ -128,6 +153,8 @@ def execute(
     progress: Progress | None = None,
     expected: Mapping[str, str] | None = None,
     beside: Iterable[PlacedTask] = (),
+    share: Share | None = None,
+    placed: Collection[str] = (),
 ) -> Executed:
     """Copies the leaves.
 
@@ -141,6 +168,8 @@ def execute(
         expected: digests of leaves in the source, checked for leaves whose values do not change.
         beside: other reads of the source by place, done when the copy comes there: what is read twice is then read
             from the disk once.
+        share: divides what is to be done among several processes; None for this one alone.
+        placed: leaves that are in place already; they are not read, and have no digest.
 
     Raises:
         MismatchError: a leaf does not have the digest that the source's manifest records.
@@ -148,29 +177,28 @@ def execute(
     """
     journal = Journal() if journal is None else journal
     if progress is not None:
-        progress.start("copying", sum(copy.items * copy.source.itemsize for copy in copies))
-        progress.advance(
-            sum((t.high - t.low) * t.copy.source.itemsize for t in tasks_of(copies) if t.number in journal.done)
-        )
-    pending = (task for task in tasks_of(copies) if task.number not in journal.done)
-
-    def act(task: Task) -> None:
-        journal.record(task.number, run_task(task, reader, writer, progress))
-
-    placed: Iterator[PlacedTask] = ((task.copy.source.first(), partial(act, task)) for task in pending)
-    run_threads(heapq.merge(beside, placed, key=itemgetter(0)), lambda task: task[1](), threads)
-    return collect(copies, journal.done, expected)
+        progress.start("copying", sum(copy.items * copy.source.itemsize for copy in copies if copy.name not in placed))
+        progress.advance(sum(task.nbytes for task in tasks_of(copies, placed) if task.number in journal.done))
+    pending = (task for task in tasks_of(copies, placed) if task.number not in journal.done)
+    with contextlib.nullcontext(pending) if share is None else share(pending) as mine:
+        run_tasks(mine, reader, writer, journal, threads, progress, beside)
+    return collect(copies, journal.done, expected, placed)
 
 
 def collect(
-    copies: Sequence[LeafCopy], done: Mapping[int, Outcome], expected: Mapping[str, str] | None = None
+    copies: Sequence[LeafCopy],
+    done: Mapping[int, Outcome],
+    expected: Mapping[str, str] | None = None,
+    placed: Collection[str] = (),
 ) -> Executed:
     """What became of the leaves, from what became of all their segments; arguments and errors as for `execute`."""
     digests: dict[str, str] = {}
     segments: dict[str, list[Outcome]] = {}
-    for task in tasks_of(copies):
+    for task in tasks_of(copies, placed):
         segments.setdefault(task.copy.name, []).append(done[task.number])
     for copy in copies:
+        if copy.name in placed:
+            continue
         digest = digests[copy.name] = combine([outcome.digest for outcome in segments[copy.name]])
         recorded = None if expected is None or copy.changes_values else expected.get(copy.name)
         if recorded is not None and recorded != digest:
@@ -180,6 +208,24 @@ def collect(
             )
     rounded = (name for name, outcomes in segments.items() if not all(outcome.exact for outcome in outcomes))
     return Executed(digests, frozenset(rounded))
+
+
+def run_tasks(
+    tasks: Iterator[Task],
+    reader: Reader,
+    writer: Writer,
+    journal: Journal,
+    threads: int | None,
+    progress: Progress | None = None,
+    beside: Iterable[PlacedTask] = (),
+) -> None:
+    """Copies segments and records each in the journal; arguments and errors as for `execute`."""
+
+    def act(task: Task) -> None:
+        journal.record(task.number, run_task(task, reader, writer, progress))
+
+    copying: Iterator[PlacedTask] = ((task.copy.source.first(), partial(act, task)) for task in tasks)
+    run_threads(heapq.merge(beside, copying, key=itemgetter(0)), lambda task: task[1](), threads)
 
 
 def run_threads(tasks: Iterator[T], act: Callable[[T], object], threads: int | None) -> None:

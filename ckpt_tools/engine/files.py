@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from ckpt_tools.core.errors import InputChangedError, NotFoundError, StorageError
 from ckpt_tools.core.paths import open_input
+from ckpt_tools.engine.ranges import RangeReader
+from ckpt_tools.formats.remote import remote_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,15 +57,15 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
-def storage_errors(action: str, path: Path) -> Iterator[None]:
-    """Turns an `OSError` inside into a `StorageError` that names the action and the file.
+def storage_errors(action: str, *parts: Path | str) -> Iterator[None]:
+    """Turns an `OSError` inside into a `StorageError` that names the action and the file, given as parts of a path.
 
-    The file is `path`, or the one below it that the error speaks of.
+    The file is that, or the one below it that the error speaks of.
     """
     try:
         yield
     except OSError as error:
-        raise storage_error(action, path, error) from error
+        raise storage_error(action, Path(*parts), error) from error
 
 
 def storage_error(action: str, path: Path, error: OSError) -> StorageError:
@@ -85,11 +87,16 @@ def closing(fd: int, path: Path) -> Iterator[int]:
             os.close(fd)
 
 
-def pwrite_all(fd: int, data: bytes | memoryview, position: int) -> None:
-    """Writes all of `data` at byte `position`, however little of it the system takes at a time; raises `OSError`."""
+def pwrite_all(
+    fd: int,
+    data: bytes | memoryview,
+    position: int,
+    write: Callable[[int, memoryview, int], int] | None = None,
+) -> None:
+    """Writes all of `data` at byte `position`, however little of it a call of `write` takes; raises `OSError`."""
     rest = memoryview(data)
     while rest:
-        count = os.pwrite(fd, rest, position)
+        count = (write or os.pwrite)(fd, rest, position)
         if count == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rest, position = rest[count:], position + count
@@ -128,10 +135,10 @@ def make_directories(path: Path) -> None:
         sync_directory(folder.parent)
 
 
-def close_all(closing: Iterable[tuple[Callable[[], None], Path]]) -> None:
+def close_all(opened: Iterable[tuple[Callable[[], None], Path]]) -> None:
     """Calls every function, then raises the first failure as a `StorageError` that names its file."""
     failures: list[StorageError] = []
-    for close, path in closing:
+    for close, path in opened:
         try:
             with storage_errors("close", path):
                 close()
@@ -144,6 +151,8 @@ def close_all(closing: Iterable[tuple[Callable[[], None], Path]]) -> None:
 class FileReader:
     """Byte ranges of the files under a root, each opened once. Safe to use from several threads.
 
+    The root may be the shell of a remote checkpoint; its bytes are then read from where they are.
+
     Files are read mostly forward: the kernel is asked for the next `READ_AHEAD` bytes in time, so that the disk works
     while threads copy. A source that changes is noticed: a file must be the one that was there before its header was
     read, or, for a file that nothing is known of, stay the one that was opened.
@@ -151,39 +160,66 @@ class FileReader:
     Args:
         root: of the files.
         identities: of files as they were before their headers were read, by relative path.
+        ahead: most of the files will be read.
+        shell: read what lies here of a remote checkpoint, too: its small files are whole.
     """
 
-    def __init__(self, root: Path, identities: Mapping[str, Identity] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        identities: Mapping[str, Identity] | None = None,
+        *,
+        ahead: bool = True,
+        shell: bool = False,
+    ) -> None:
+        remote = None if shell else remote_files(root)
         self._root = root
+        self._remote = None if remote is None else RangeReader(remote)
+        self._ahead = ahead
         self._known = dict(identities or {})
         self._open: dict[str, tuple[int, Identity]] = {}
         self._asked: dict[str, int] = {}
         self._lock = threading.Lock()
 
+    @property
+    def root(self) -> Path:
+        return self._root
+
     def read(self, file: str, position: int, into: memoryview) -> None:
         """Fills `into` from byte `position` of `file` on."""
-        fd, done = self._descriptor(file), 0
+        if self._remote is not None:
+            self._remote.read(file, position, into)
+            return
+        fd, done = self.descriptor(file), 0
         try:
             while done < len(into):
                 count = os.preadv(fd, [into[done:]], position + done)
                 if count == 0:
+                    rest = len(into) - done
                     raise InputChangedError(
-                        f"{self._root / file} ends at byte {position + done:,}, {len(into) - done:,} bytes before a "
-                        "tensor does",
+                        f"{self._root / file} ends at byte {position + done:,}, {rest:,} bytes before a tensor does",
                         hint="the file was truncated after its header was read; fetch it again",
                     )
                 done += count
         except OSError as error:
             raise storage_error("read", self._root / file, error) from error
-        self._read_ahead(file, fd, position + done)
+        if self._ahead:
+            self._read_ahead(file, fd, position + done)
+
+    def expect(self, file: str, position: int, nbytes: int) -> None:
+        """Asks the kernel for a range that will be read soon; the disk can then work on many at once."""
+        if _ADVISE is not None:
+            _ADVISE(self.descriptor(file), position, nbytes, os.POSIX_FADV_WILLNEED)
 
     def size(self, file: str) -> int:
         """Bytes of the file when it was opened."""
-        self._descriptor(file)
+        self.descriptor(file)
         return self._open[file][1][0]
 
     def check_unchanged(self) -> None:
         """Raises `InputChangedError` when a file is no longer the one that was opened."""
+        if self._remote is not None:
+            self._remote.check_unchanged()
         for file, (_, before) in self._open.items():
             path = self._root / file
             check_identity(path, before, identity_of(path))
@@ -197,6 +233,8 @@ class FileReader:
             _ADVISE(fd, begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
+        if self._remote is not None:
+            self._remote.close()
         opened, self._open = self._open, {}
         close_all((partial(os.close, fd), self._root / file) for file, (fd, _) in opened.items())
 
@@ -206,7 +244,11 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str) -> int:
+    def descriptor(self, file: str) -> int:
+        """The open file, which stays the reader's to close. A remote one has none: `ValueError`."""
+        if self._remote is not None:
+            # The shell has a file of that name, in which tensors are holes.
+            raise ValueError(f"{self._root / file} is remote and has no descriptor")
         found = self._open.get(file)
         if found is None:
             path, before = self._root / file, self._known.get(file)
@@ -267,26 +309,33 @@ class FileWriter:
         self._lock = threading.Lock()
         self._behind = WRITE_BEHIND
 
-    def create(self, file: str, size: int) -> None:
-        """Makes `file` with `size` bytes of space, or opens the one of that size that an interrupted run left."""
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def create(self, file: str, size: int, *, allocate: bool = True) -> None:
+        """Makes `file` with `size` bytes, or opens the one of that size that an interrupted run left.
+
+        Args:
+            file: relative path.
+            size: in bytes.
+            allocate: take the space on the disk at once.
+        """
         path = self._root / file
         with storage_errors("create", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = self._descriptor(file, os.O_CREAT)
+            fd = self.descriptor(file, os.O_CREAT)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, size)
-                _allocate(fd, size)
+                if allocate:
+                    _allocate(fd, size)
 
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes all of `data` at byte `position` of `file`."""
-        fd, done = self._descriptor(file), 0
+        fd = self.descriptor(file)
         try:
-            while done < len(data):
-                count = self._write_some(fd, data[done:], position + done)
-                if count == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                done += count
+            pwrite_all(fd, data, position, self._write_some)
         except OSError as error:
             raise storage_error("write", self._root / file, error) from error
 
@@ -307,7 +356,7 @@ class FileWriter:
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
-        for file, fd in self._open.items():
+        for file, fd in list(self._open.items()):
             with storage_errors("sync", self._root / file):
                 os.fsync(fd)
 
@@ -321,13 +370,16 @@ class FileWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: str, flags: int = 0) -> int:
+    def descriptor(self, file: str, flags: int = 0) -> int:
+        """The open file, which stays the writer's to close."""
         found = self._open.get(file)
         if found is None:
             with self._lock:
                 found = self._open.get(file)
                 if found is None:
-                    found = os.open(self._root / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+                    # Not for reading, too: an NFS client would then fill up pages of which another machine writes a
+                    # part, and write them back whole.
+                    found = os.open(self._root / file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
 

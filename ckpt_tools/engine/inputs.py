@@ -12,6 +12,7 @@ from ckpt_tools.engine.files import check_identity, identity_of, storage_errors
 from ckpt_tools.engine.manifest import MANIFEST
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.hf import SideFile
+from ckpt_tools.formats.remote import remote_files
 
 _DOCUMENTS = (hf.CONFIG, f"hf/{hf.CONFIG}", hf.INDEX, ".metadata", MANIFEST)
 """Small files of which a plan is made; those that were not there must not appear either."""
@@ -19,6 +20,10 @@ _DOCUMENTS = (hf.CONFIG, f"hf/{hf.CONFIG}", hf.INDEX, ".metadata", MANIFEST)
 
 def check_unchanged(source: Checkpoint) -> None:
     """Raises `InputChangedError` when a file that the plan was made of is no longer what it was before it was read."""
+    remote = remote_files(source.root)
+    if remote is not None:
+        remote.check_unchanged([name for name in (*_DOCUMENTS, *source.store.files) if name in remote.versions])
+        return
     if not source.inputs:
         return
     for name in (*_DOCUMENTS, *(file for file in source.store.files if file in source.inputs)):

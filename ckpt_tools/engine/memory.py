@@ -15,8 +15,9 @@ from typing import Any
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import LayoutError, listed
 from ckpt_tools.core.tensors import Chunk, Store, StoredTensor, TargetFiles
+from ckpt_tools.engine.bounds import SLACK, check_disk
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.copy import SLACK, check_disk, write_frames, write_side_files
+from ckpt_tools.engine.copy import write_frames, write_side_files
 from ckpt_tools.engine.digest import SEGMENT
 from ckpt_tools.engine.ends import Plain, decoded_as, leaf_ends, plain
 from ckpt_tools.engine.execute import Task, run_task, run_threads

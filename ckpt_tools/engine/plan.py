@@ -6,8 +6,8 @@ source exactly once, every byte of every target file is written exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from ckpt_tools.core.dtypes import DType
@@ -15,9 +15,10 @@ from ckpt_tools.core.errors import LayoutError
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.digest import SEGMENT, segments
-from ckpt_tools.engine.ends import Encoded, End, Plain, decoded_as, leaf_ends, plains, prove_end
+from ckpt_tools.engine.ends import Encoded, End, InPlace, Plain, decoded_as, leaf_ends, plains, prove_end
 from ckpt_tools.engine.extents import items_of
 from ckpt_tools.engine.prove import prove_chunks, prove_files
+from ckpt_tools.engine.sharing import NOTHING, Sharing
 from ckpt_tools.layouts.layout import Layout, Side
 
 
@@ -76,16 +77,28 @@ class Plan:
         target: the files to write.
         side: side of the layout that the target holds.
         copies: one for each leaf, ordered by where its source begins, so that files are read forward.
+        sharing: leaves of `copies` that can share their blocks with the source.
     """
 
     source: Checkpoint
     target: TargetFiles
     side: Side
     copies: list[LeafCopy]
+    sharing: Sharing = NOTHING
 
     @property
     def nbytes_written(self) -> int:
         return sum(self.target.store.files.values())
+
+
+def in_place(copies: Sequence[LeafCopy], placed: Collection[str]) -> list[LeafCopy]:
+    """The copies, of which those of leaves that are in place write nothing."""
+    return [
+        replace(copy, target=InPlace(copy.target.extents, copy.target.dtype, copy.target.itemsize))
+        if copy.name in placed and isinstance(copy.target, Plain)
+        else copy
+        for copy in copies
+    ]
 
 
 def target_dtypes(source: Checkpoint, dtype: DType | None) -> dict[str, DType]:
@@ -116,7 +129,14 @@ def native_dtypes(layout: Layout, leaf_dtypes: Mapping[str, DType]) -> dict[str,
     return dtypes
 
 
-def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, layout: Layout | None = None) -> Plan:
+def plan_copy(
+    source: Checkpoint,
+    target: TargetFiles,
+    side: Side,
+    layout: Layout | None = None,
+    *,
+    incoming: Mapping[str, End] | None = None,
+) -> Plan:
     """The proven plan that fills `target` from `source`.
 
     Args:
@@ -124,12 +144,14 @@ def plan_copy(source: Checkpoint, target: TargetFiles, side: Side, layout: Layou
         target: planned files, whose tensors are named as `side` says.
         side: side of the layout that the target holds.
         layout: of the target where its Hugging Face form differs from the source's; the leaves are the same.
+        incoming: the source's proven ends, where the caller has them.
 
     Raises:
         LayoutError: the source does not hold every leaf once, or the target would not be written exactly once.
     """
     layout = layout or source.layout
-    incoming, outgoing = source.ends(), leaf_ends(target.store, layout, side)
+    incoming = source.ends() if incoming is None else incoming
+    outgoing = leaf_ends(target.store, layout, side)
     if incoming.keys() != outgoing.keys():
         raise LayoutError(
             f"the forms of {source.root} and of the target do not have the same tensors",

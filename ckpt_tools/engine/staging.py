@@ -164,6 +164,15 @@ class Staging:
         self.restart()
         return FileJournal.begin(self.path / JOURNAL, fingerprint)
 
+    def check_shared(self, key: bytes) -> None:
+        """Raises `StorageError` unless this directory is that of the process whose journal begins with `key`."""
+        found = read_journal(self.path / JOURNAL)
+        if found is None or found[0] != key:
+            raise StorageError(
+                f"{self.path} is not the directory that rank 0 works in",
+                hint="give an output on a file system that all ranks share, by the same path",
+            )
+
     def restart(self) -> None:
         """Empties the directory: whatever an earlier run left there is not part of this output."""
         with storage_errors("empty", self.path):
@@ -206,7 +215,7 @@ class Staging:
             InputChangedError: the source changed meanwhile.
         """
         path, digest, position = self.path / name, xxhash.xxh3_128(), 0
-        with FileReader(source.root) as reader, self._new(path) as fd:
+        with FileReader(source.root, shell=True) as reader, self._new(path) as fd:
             size = reader.size(source.name)
             while position < size:
                 piece = scratch("document", min(_PIECE, size - position))

@@ -17,7 +17,7 @@ from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.checkpoint import Checkpoint
 from ckpt_tools.engine.checksums import blobs_of, compare_recorded
 from ckpt_tools.engine.digest import ALGORITHM, combine
-from ckpt_tools.engine.ends import Digest, decoded_as, plain
+from ckpt_tools.engine.ends import Digest, decoded_as, plain, plains
 from ckpt_tools.engine.execute import WINDOW, Progress, Task, room_for, run_threads, tasks_of, window_items, windows
 from ckpt_tools.engine.extents import items_of, leaf_extents
 from ckpt_tools.engine.files import FileReader
@@ -71,9 +71,11 @@ def verify_digests(checkpoint: Checkpoint, *, threads: int | None, progress: Pro
         held, recorded = checkpoint.layout.leaf_form or "plain", manifest.form or "plain"
         raise MismatchError(f"{checkpoint.root}: the manifest is of the {recorded} form, the tensors are {held}")
     if checkpoint.digests is not None:
-        found = leaf_digests(checkpoint, threads=threads, progress=progress)
+        found = leaf_digests(checkpoint, checkpoint.digests, threads=threads, progress=progress)
         _compare(found, checkpoint.digests, "tensors", checkpoint.root)
         done.append(f"digests: {len(found):,} tensors have the values that were written ({ALGORITHM})")
+        if unknown := len(checkpoint.layout.leaves.keys() - found.keys() - checkpoint.shared.keys()):
+            done.append(f"digests: none recorded for {unknown:,} tensors, which shared their blocks with the source")
     if manifest.blobs:
         blobs = blobs_of(manifest)
         compare_recorded(checkpoint, blobs, threads=threads, progress=progress)
@@ -112,19 +114,15 @@ def verify_changed(
     """
     recorded = {name: digest for name, digest in (source.digests or {}).items() if name in changed}
     if recorded:
-        found = leaf_digests(source, threads=threads, progress=progress, leaves=recorded)
+        found = leaf_digests(source, recorded, threads=threads, progress=progress)
         _compare(found, recorded, "tensors", source.root)
 
 
 def leaf_digests(
-    checkpoint: Checkpoint,
-    *,
-    threads: int | None,
-    progress: Progress | None,
-    leaves: Collection[str] | None = None,
+    checkpoint: Checkpoint, names: Collection[str], *, threads: int | None, progress: Progress | None
 ) -> dict[str, str]:
-    """The digest of every leaf, or of some, read through the layout."""
-    copies = [copy for copy in _reads(checkpoint) if leaves is None or copy.name in leaves]
+    """The digests of those of the named leaves that there are, read through the layout."""
+    copies = [copy for copy in _reads(checkpoint) if copy.name in names]
     found: dict[tuple[str, int], bytes] = {}
 
     with FileReader(checkpoint.root, checkpoint.inputs) as reader:
@@ -143,7 +141,8 @@ def leaf_digests(
             found[task.copy.name, task.low] = digest.digest()
 
         if progress is not None:
-            progress.start("hashing", checkpoint.store.nbytes)
+            parts = ((end.itemsize, part) for copy in copies for end in plains(copy.source) for part in end.extents)
+            progress.start("hashing", sum(itemsize * part.numel for itemsize, part in parts))
         run_threads(tasks_of(copies), act, threads)
         reader.check_unchanged()
     return {c.name: combine([found[c.name, low] for low, _ in c.segments()]) for c in copies}

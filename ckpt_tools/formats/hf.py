@@ -19,17 +19,19 @@ from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, liste
 from ckpt_tools.core.names import MAX_NAME_LENGTH
 from ckpt_tools.core.paths import is_there, open_input, safe_join
 from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
+from ckpt_tools.formats.arrangement import congruent_files
 from ckpt_tools.formats.documents import read_json_object, read_whole
 from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_header
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUMS = "SHA256SUMS"
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data"),
     *(".ot", ".npz", ".tflite", ".distcp", ".mlmodel", ".nemo", ".pkl", ".pickle", ".joblib"),
 )
-_NOT_SIDE_FILES = frozenset({CONFIG, "ckpt-manifest.json"})
+_NOT_SIDE_FILES = frozenset({CONFIG, "ckpt-manifest.json", SUMS})
 _SIDE_FOLDER_DEPTH = 3
 _MAX_SIDE_FILE = 1 << 30
 
@@ -208,6 +210,7 @@ def plan_repository(
     *,
     max_shard_size: int,
     metadata: Mapping[str, str] | None = None,
+    residues: Mapping[str, int] | None = None,
 ) -> TargetFiles:
     """The files of a new repository: shards filled in the order given, and their index.
 
@@ -215,6 +218,7 @@ def plan_repository(
         tensors: dtype and shape by name.
         max_shard_size: bytes of tensor data in one file; a larger tensor gets a file of its own.
         metadata: `__metadata__` of each file; `{"format": "pt"}` by default, without which readers refuse.
+        residues: position modulo 4 KiB that a tensor should have. Those that no one file can have get several.
 
     Returns:
         one `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on with the index document. The root of
@@ -223,22 +227,24 @@ def plan_repository(
     if max_shard_size <= 0:
         raise UsageError(f"the shard size must be positive, not {max_shard_size}")
     shards: list[dict[str, tuple[DType, tuple[int, ...]]]] = [{}]
-    filled = total = 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = dtype.nbytes(prod(shape))
-        if filled and filled + nbytes > max_shard_size:
+    sizes = {name: dtype.nbytes(prod(shape)) for name, (dtype, shape) in tensors.items()}
+    for group in congruent_files(sizes, residues) if residues else [list(tensors)]:
+        if shards[-1]:
             shards.append({})
-            filled = 0
-        shards[-1][name] = (dtype, shape)
-        filled += nbytes
-        total += nbytes
+        filled = 0
+        for name in group:
+            if filled and filled + sizes[name] > max_shard_size:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = tensors[name]
+            filled += sizes[name]
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     described = {"format": "pt"} if metadata is None else dict(metadata)
-    target = plan_files(dict(zip(names, shards, strict=True)), described)
+    target = plan_files(dict(zip(names, shards, strict=True)), described, residues or {})
     target.store.tensors = {name: target.store.tensors[name] for name in tensors}
     if len(shards) > 1:
         weight_map = {name: tensor.chunks[0].file for name, tensor in target.store.tensors.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         target.documents[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
     return target
 
@@ -248,13 +254,17 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def plan_files(
-    files: Mapping[str, Mapping[str, tuple[DType, tuple[int, ...]]]], metadata: Mapping[str, str]
+    files: Mapping[str, Mapping[str, tuple[DType, tuple[int, ...]]]],
+    metadata: Mapping[str, str],
+    residues: Mapping[str, int],
 ) -> TargetFiles:
     """Safetensors files with the tensors given for each, all with the same `__metadata__`."""
     store = Store(Path(), "safetensors", {}, {}, metadata=dict(metadata))
     framing = []
     for file, tensors in files.items():
-        header, positions, size = plan_file(tensors, metadata)
+        header, positions, size = plan_file(
+            tensors, metadata, {name: residues[name] for name in tensors if name in residues}
+        )
         framing.append(Framing(file, 0, header))
         store.files[file] = size
         for name, (dtype, shape) in tensors.items():

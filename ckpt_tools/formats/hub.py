@@ -1,4 +1,4 @@
-"""Where a source is: a directory as it is, or a Hub repository downloaded to the Hub cache.
+"""Where a source is: a directory, a Hub repository downloaded to the Hub cache, or a URL of which a shell is made.
 
 Only safetensors, JSON, tokenizer, template and text files are fetched. Pickled weights are left on the Hub; Python
 files of a repository are fetched as text, because a converted model carries them along, and are never imported.
@@ -15,6 +15,7 @@ from ckpt_tools.core.errors import CkptError, FormatError, NotFoundError, Storag
 from ckpt_tools.core.paths import is_there
 
 _SCHEME: Final = "hf://"
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
 _REPOSITORY: Final = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 _LEGACY_REPOSITORY: Final = re.compile(r"(?P<name>[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 _SMALL_FILES: Final = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "*.py", "LICENSE*", "NOTICE*")
@@ -26,7 +27,7 @@ class ResolvedSource:
     """A source on this machine.
 
     Attributes:
-        path: directory that holds the files.
+        path: directory that holds the files; for a URL all of them but tensor data (`formats/remote.py`).
         repository: `org/name` when it came from the Hub.
         revision: commit that was fetched, None for a plain directory.
     """
@@ -36,12 +37,18 @@ class ResolvedSource:
     revision: str | None
 
 
+def is_url(source: str) -> bool:
+    """Whether a source is read from where it is, through fsspec; repositories of the Hub are not."""
+    return not source.startswith(_SCHEME) and _URL.fullmatch(source) is not None
+
+
 def resolve_source(source: str, *, revision: str | None = None, weights: bool = True) -> ResolvedSource:
     """The directory that `source` names.
 
     Args:
-        source: a directory, `org/name`, `org/name@revision` or `hf://org/name@revision`. A directory of that name
-            wins over a repository unless `hf://` is given.
+        source: a directory, `org/name`, `org/name@revision` or `hf://org/name@revision`, or a directory's URL that
+            fsspec knows, such as `s3://bucket/name`. A directory of that name wins over a repository unless `hf://`
+            is given.
         revision: branch, tag or commit, when it is not part of `source`.
         weights: False fetches configuration and tokenizer alone.
 
@@ -52,6 +59,12 @@ def resolve_source(source: str, *, revision: str | None = None, weights: bool = 
         StorageError: the download failed.
     """
     named = source.removeprefix(_SCHEME)
+    if is_url(source):
+        from ckpt_tools.formats.remote import open_remote
+
+        if revision is not None:
+            raise UsageError(f"{source} is no repository on the Hub and has no revision")
+        return ResolvedSource(open_remote(source).root, None, None)
     if named == source:
         path = Path(source).expanduser()
         if source and is_there(path):

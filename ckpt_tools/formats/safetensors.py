@@ -19,9 +19,9 @@ from ckpt_tools.core.dtypes import DTYPES, DType
 from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.core.names import MAX_NAME_LENGTH, nearest
 from ckpt_tools.core.paths import close_input, open_input
+from ckpt_tools.formats.arrangement import ALIGNMENT, aligned_order, congruent_order
 from ckpt_tools.formats.documents import check_density, first_repeated, pread_exact
 
-ALIGNMENT = 4096
 MAX_HEADER_SIZE = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64  # the limit of torch
 MAX_ELEMENTS = 1 << 62
@@ -210,13 +210,20 @@ def _check_tiling(path: Path, tensors: dict[str, TensorEntry], data_start: int, 
 
 
 def plan_file(
-    tensors: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[DType, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    residues: Mapping[str, int] | None = None,
 ) -> tuple[bytes, dict[str, int], int]:
     """The header of a new file, and where its tensors go.
 
-    Data starts on a 4 KiB boundary (the header is padded with spaces). Tensors whose size is a multiple of 4 KiB come
-    first, in the order given, so that each of them starts on a boundary; then the others, widest elements first, so
-    that each starts on a multiple of its element size, which torch needs to view the bytes in place.
+    Data starts on a 4 KiB boundary (the header is padded with spaces), and tensors are ordered so that those of whole
+    blocks start on one, too. Where `residues` are given, data starts and tensors are ordered so that as many of them
+    as possible lie at their residue.
+
+    Args:
+        tensors: dtype and shape by name.
+        metadata: the `__metadata__` strings.
+        residues: position modulo 4 KiB that a tensor should have, a multiple of 8.
 
     Returns:
         header bytes including the length field, absolute position of each tensor, size of the file.
@@ -225,12 +232,12 @@ def plan_file(
         UsageError: a name that the format reserves or that a strict reader would refuse.
     """
     sizes = {name: dtype.nbytes(prod(shape)) for name, (dtype, shape) in tensors.items()}
-    whole_blocks = [name for name, nbytes in sizes.items() if nbytes % ALIGNMENT == 0]
-    odd = sorted((name for name in sizes if sizes[name] % ALIGNMENT), key=lambda name: -tensors[name][0].bits)
+    widths = {name: dtype.bits for name, (dtype, _) in tensors.items()}
+    residue, order = congruent_order(sizes, widths, residues) if residues else (0, aligned_order(sizes, widths))
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     relative: dict[str, int] = {}
     offset = 0
-    for name in (*whole_blocks, *odd):
+    for name in order:
         if name == _METADATA or not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
             raise UsageError(f"{name[:80]!r} cannot be the name of a tensor in a safetensors file")
         dtype, shape = tensors[name]
@@ -238,7 +245,7 @@ def plan_file(
         relative[name] = offset
         offset += sizes[name]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * ((residue - 8 - len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_SIZE:
         raise UsageError(f"{len(sizes):,} tensors need a header of {len(text):,} bytes; use smaller shards")
     start = 8 + len(text)

@@ -18,7 +18,7 @@ from typing import Final
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError, listed
-from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
+from ckpt_tools.core.tensors import Chunk, ChunkResidues, Framing, Store, StoredTensor, TargetFiles
 from ckpt_tools.formats.documents import parse_json_object
 from ckpt_tools.formats.safetensors import SafetensorsHeader, plan_file, read_header
 from ckpt_tools.formats.tiling import Box, check, find_fault
@@ -123,11 +123,14 @@ def _tensor(root: Path, name: str, pieces: _Found) -> StoredTensor:
     return StoredTensor(name, pieces.dtype, shape, full)
 
 
-def plan_sharded(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]]) -> TargetFiles:
+def plan_sharded(
+    tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]], residues: ChunkResidues | None = None
+) -> TargetFiles:
     """The files of a new sharded checkpoint, readable by torch's `HuggingFaceStorageReader` and its consolidation.
 
     Args:
         tensors: by name: dtype, shape, and for each chunk its offsets, sizes and file.
+        residues: position modulo 4 KiB that a chunk should have, by name and offsets.
 
     Raises:
         UsageError: chunks that do not tile their tensor, or two chunks of one tensor in one file, for which the
@@ -135,6 +138,7 @@ def plan_sharded(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChun
     """
     files: dict[str, dict[str, tuple[DType, tuple[int, ...]]]] = {}
     info: dict[str, dict[str, dict[str, list[int]]]] = {}
+    wanted: dict[str, dict[str, int]] = {}
     for name, (dtype, shape, planned) in tensors.items():
         if fault := find_fault(shape, [(offsets, sizes) for offsets, sizes, _ in planned]):
             raise UsageError(f"the chunks planned for {name!r} do not make up {list(shape)}: {fault}")
@@ -143,13 +147,15 @@ def plan_sharded(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChun
             if name in members:
                 raise UsageError(f"{file} cannot hold two chunks of {name!r}")
             members[name] = (dtype, tuple(sizes))
+            if residues and (residue := residues.get((name, tuple(offsets)))) is not None:
+                wanted.setdefault(file, {})[name] = residue
             info.setdefault(file, {})[name] = {_OFFSETS: list(offsets), _SHAPE: list(shape)}
     store = Store(Path(), "sharded-safetensors", {}, {})
     framing: list[Framing] = []
     positions: dict[str, dict[str, int]] = {}
     for file, members in files.items():
         metadata = {INFO: json.dumps(info[file], separators=(",", ":")), **_VERSION}
-        header, positions[file], store.files[file] = plan_file(members, metadata)
+        header, positions[file], store.files[file] = plan_file(members, metadata, wanted.get(file))
         framing.append(Framing(file, 0, header))
     for name, (dtype, shape, planned) in tensors.items():
         chunks = tuple(Chunk(tuple(o), tuple(s), file, positions[file][name]) for o, s, file in planned)

@@ -346,3 +346,8 @@ def test_a_native_checkpoint_that_transformers_would_have_to_rename_says_what_to
     with pytest.raises(LayoutError, match="parameters of the model are not in the checkpoint") as caught:
         NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert "ckpt consolidate" in str(caught.value.hint)
+
+
+def test_a_url_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(UsageError, match="models load from directories and the Hub"):
+        NeMoAutoModelForCausalLM.from_pretrained("s3://bucket/model")

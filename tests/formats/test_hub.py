@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.core.errors import NotFoundError, UsageError
-from ckpt_tools.formats.hub import ResolvedSource, resolve_source
+from ckpt_tools.formats.hub import ResolvedSource, is_url, resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -172,3 +172,11 @@ def test_a_path_that_is_no_repository_name_is_not_asked_of_the_hub(
 def test_two_revisions_are_refused() -> None:
     with pytest.raises(UsageError, match="two revisions"):
         resolve_source("org/name@a", revision="b")
+
+
+@pytest.mark.parametrize(
+    ("source", "url"),
+    [("s3://bucket/model", True), ("https://host/model", True), ("hf://org/name", False), ("org/name@v1", False)],
+)
+def test_urls_other_than_the_hubs_are_read_from_where_they_are(source: str, url: bool) -> None:
+    assert is_url(source) is url

@@ -104,7 +104,7 @@ def contents(root: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     checkpoint = open_checkpoint(root)
     verify_structure(checkpoint)
     dtypes, leaves = checkpoint.leaf_dtypes(), checkpoint.layout.leaves
-    found = leaf_digests(checkpoint, threads=1, progress=None)
+    found = leaf_digests(checkpoint, leaves, threads=1, progress=None)
     return {name: (dtypes[name].name, leaves[name].shape, digest) for name, digest in found.items()}
 
 

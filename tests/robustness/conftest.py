@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ckpt_tools.engine import sharing
+from tests.engine.file_systems import BLOCK, stand_in
 from tests.robustness import scenarios
 
 # The shim asks /proc where a descriptor leads, and children are waited for through theirs.
@@ -22,6 +24,13 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt_tools.engine.plan.SEGMENT", scenarios.SEGMENT)
+
+
+@pytest.fixture
+def sharing_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that shares blocks, and runs of one block worth sharing."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(sharing, "WORTH", BLOCK)
 
 
 @pytest.fixture

@@ -173,6 +173,10 @@ class Disk:
         fd, pieces, position, *_ = call.arguments
         self._file(self._open[fd]).change(position, b"".join(pieces))
 
+    def _clone(self, call: Call) -> None:
+        fd, position, data = call.arguments[-1]
+        self._file(self._open[fd]).change(position, data)
+
     def _ftruncate(self, call: Call) -> None:
         fd, size = call.arguments
         self._file(self._open[fd]).change(size, None)
@@ -223,6 +227,7 @@ _PLAYERS: dict[str, Callable[[Disk, Call], None]] = {
     "flock": Disk._flock,
     "pwrite": Disk._pwrite,
     "pwritev": Disk._pwritev,
+    "clone": Disk._clone,
     "ftruncate": Disk._ftruncate,
     "fsync": Disk._fsync,
     "mkdir": Disk._mkdir,

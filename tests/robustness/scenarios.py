@@ -41,6 +41,7 @@ class Scenario:
         mesh: that it is made for.
         overwrite: whether it replaces an older output.
         exchanges: whether the file system can exchange directories in one step.
+        shares: whether tensors are large enough to share their blocks, where `sharing_disk` lets them.
     """
 
     verb: str
@@ -48,10 +49,12 @@ class Scenario:
     mesh: str | None = None
     overwrite: bool = False
     exchanges: bool = True
+    shares: bool = False
 
     def __str__(self) -> str:
         words = [self.verb, self.file_format if self.verb == "convert" else "", self.mesh or ""]
         words += ["overwrite" if self.overwrite else "", "" if self.exchanges else "two steps"]
+        words += ["shares"] if self.shares else []
         return " ".join(filter(None, words))
 
 
@@ -62,6 +65,7 @@ SCENARIOS = (
     Scenario("convert", overwrite=True),
     Scenario("consolidate", overwrite=True),
     Scenario("convert", "safetensors", overwrite=True, exchanges=False),
+    Scenario("convert", overwrite=True, shares=True),
 )
 
 
@@ -84,7 +88,7 @@ class Stage:
         self.scenario = scenario
         self.out = root / "work" / "out"
         self.root = root
-        self._source = _source(root / "source", seed=1)
+        self._source = _source(root / "source", seed=1, rows=12 if scenario.shares else 3)
         if scenario.verb == "consolidate":
             convert(self._source, root / "native")
             self._source = root / "native"
@@ -146,9 +150,9 @@ class Stage:
         return sorted(path.name for path in self.out.parent.iterdir() if path != self.out)
 
 
-def _source(root: Path, *, seed: int, layers: int = 2) -> Path:
+def _source(root: Path, *, seed: int, layers: int = 2, rows: int = 3) -> Path:
     """A repository with tensors of none, one and several segments, in two files."""
-    tensors = {f"layer.{i}.weight": (DTYPES["BF16"], (3, 1024)) for i in range(layers)}
+    tensors = {f"layer.{i}.weight": (DTYPES["BF16"], (rows, 1024)) for i in range(layers)}
     tensors |= {"scalar": (DTYPES["F32"], ()), "empty": (DTYPES["F32"], (0, 3)), "odd": (DTYPES["U8"], (77,))}
     return write_repository(root, tensors, {"model_type": "unheard-of"}, max_shard_size=8000, seed=seed)
 

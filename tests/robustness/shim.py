@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,20 +104,26 @@ class Shim:
         setattr(module, name, instead)
 
 
-_fstat, _readlink = os.fstat, os.readlink
+_fstat, _pread, _readlink = os.fstat, os.pread, os.readlink
 
 
 def described(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
     """The call with its real name and the paths that it is about."""
     if name == "_exchange_in_kernel":
         return Call("exchange", tuple(map(os.fspath, arguments)), arguments)
+    if name == "open" and arguments[1] & os.O_TMPFILE == os.O_TMPFILE:
+        return Call("attempt", (), arguments, keywords)
     if name == "open":
         name = "create" if arguments[1] & (os.O_CREAT | os.O_TRUNC) else "open"
     if name == "ioctl" and arguments[1] == FICLONERANGE:
         name = "clone"
     count = 2 if name in ("rename", "replace", "link", "symlink", "copy_file_range", "sendfile") else 1
     folder = keywords.get("dir_fd")
-    return Call(name, tuple(_place(a, folder) for a in arguments[:count]), arguments, keywords)
+    paths = tuple(_place(a, folder) for a in arguments[:count])
+    if name == "clone" and paths[0].endswith(" (deleted)"):
+        # Of a file that never had a name: whether blocks can be shared is tried on one.
+        return Call("attempt", (), arguments, keywords)
+    return Call(name, paths, arguments, keywords)
 
 
 def _place(target: Any, folder: int | None) -> str:
@@ -162,6 +169,10 @@ def _with_result(call: Call, result: Any) -> Call:
         arguments = (arguments[0], bytes(memoryview(arguments[1])[:result]), *arguments[2:])
     if call.name in ("create", "open"):
         arguments = (*arguments, result)
+    if call.name == "clone":
+        # What it made of the target: descriptor, position and bytes.
+        source, start, nbytes, position = struct.unpack("=qQQQ", arguments[2])
+        arguments = (*arguments, (arguments[0], position, _pread(source, nbytes, start)))
     # renameat2 says that way that the file system does not have it.
     return replace(call, arguments=arguments, failed=result is False)
 

@@ -19,7 +19,7 @@ from tests.robustness.shim import TRANSFERS, Call, Faults, Recorder, failing, no
 QUICK = 3
 """In the quick suite every so many-th call fails, another first one for each scenario and fault."""
 
-pytestmark = pytest.mark.usefixtures("small_segments", "fast_syncs")
+pytestmark = pytest.mark.usefixtures("small_segments", "sharing_disk", "fast_syncs")
 
 Chosen = Callable[[Call], bool]
 

@@ -62,7 +62,7 @@ def test_an_input_that_changes_after_its_header_was_read_is_noticed(
     stage = Stage(tmp_path, Scenario("convert"))
     stage.reset()
     path = tmp_path / "source" / file
-    owner, name = (copy, "_check_room") if moment == "planned" else (execute, "run_task")
+    owner, name = (copy, "check_room") if moment == "planned" else (execute, "run_task")
     real, done = getattr(owner, name), []
 
     def meddling(*arguments: object) -> object:

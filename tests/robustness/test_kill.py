@@ -16,7 +16,7 @@ from tests.robustness.shim import TRANSFERS, Call, Killer, Recorder, When
 QUICK = 5
 """In the quick suite every so many-th kill point is played, another first one in each scenario."""
 
-pytestmark = pytest.mark.usefixtures("small_segments", "fast_syncs")
+pytestmark = pytest.mark.usefixtures("small_segments", "sharing_disk", "fast_syncs")
 
 
 def kill_points(calls: list[Call]) -> Iterator[tuple[int, When]]:

@@ -15,7 +15,7 @@ from ckpt_tools.core.errors import (
     StorageError,
     UsageError,
 )
-from ckpt_tools.engine import copy
+from ckpt_tools.engine import bounds
 from tests.checkpoints import make_repository
 from tests.robustness.scenarios import (
     SCENARIOS,
@@ -146,7 +146,7 @@ def test_a_disk_that_is_too_small_is_refused_and_one_that_fills_up_leaves_a_star
         _libc_mount("none", stage.out.parent, "tmpfs", 0, "size=32k")
         with pytest.MonkeyPatch.context() as patch:
             # As when another program takes the space meanwhile.
-            patch.setattr(copy, "check_disk", lambda *_: None)
+            patch.setattr(bounds, "check_disk", lambda *_: None)
             with pytest.raises(StorageError, match=r"cannot (create|write) .*No space left on device") as raised:
                 stage.run()
             assert "it resumes" in (raised.value.hint or "")

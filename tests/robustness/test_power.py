@@ -17,10 +17,10 @@ from ckpt_tools.core.errors import OutputExistsError
 from ckpt_tools.engine import journal
 from ckpt_tools.engine.journal import JOURNAL
 from tests.robustness.disk import Disk, Survives
-from tests.robustness.scenarios import SCENARIOS, Scenario, Stage, Tree, counted_tasks, grow, tree
+from tests.robustness.scenarios import SCENARIOS, Scenario, Stage, Tree, counted_tasks, grow, staging_of, tree
 from tests.robustness.shim import Call, Recorder
 
-pytestmark = pytest.mark.usefixtures("small_segments", "fast_syncs")
+pytestmark = pytest.mark.usefixtures("small_segments", "sharing_disk", "fast_syncs")
 
 
 def fates(cut: int, random_parts: int) -> list[Survives]:
@@ -61,6 +61,8 @@ def state_in(content: Tree, stage: Stage) -> str:
 def test_the_recorded_calls_are_all_that_makes_an_output(tmp_path: Path, scenario: Scenario) -> None:
     stage = Stage(tmp_path, scenario)
     before, calls = record(stage)
+    cloned = [path for call in calls if call.name == "clone" and not call.failed for path in call.paths]
+    assert scenario.shares == any(Path(path).is_relative_to(staging_of(stage.out)) for path in cloned)
     disk = Disk(stage.out.parent, before)
     disk.play(calls)
     assert disk.content() == tree(stage.out.parent)

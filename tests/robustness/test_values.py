@@ -23,7 +23,7 @@ import pytest
 from ckpt_tools import consolidate, convert, plan, verify
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import CkptError
-from ckpt_tools.engine import copy, execute
+from ckpt_tools.engine import bounds, copy, execute, files
 from ckpt_tools.engine.execute import Outcome, Task
 from tests.checkpoints import make_repository, write_repository
 from tests.robustness.scenarios import tree
@@ -184,8 +184,9 @@ def only_marked_segments(marks: dict[str, dict[int, bytes]]) -> Iterator[list[Ta
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "run_task", marked)
-        # Holes take no room.
-        patch.setattr(copy, "check_disk", lambda *_: None)
+        # Holes take no room, and stay holes.
+        patch.setattr(bounds, "check_disk", lambda *_: None)
+        patch.setattr(files, "_allocate", lambda *_: None)
         yield done
 
 

@@ -162,7 +162,9 @@ def join(entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
     return local, central
 
 
-def large_entry(name: str, size: int, header: int, start: int, alignment: int) -> tuple[bytes, int, bytes]:
+def large_entry(
+    name: str, size: int, header: int, start: int, alignment: int, residue: int
+) -> tuple[bytes, int, bytes]:
     """Local header of `size` bytes that the caller supplies, zeros to follow it for their alignment, directory record.
 
     Args:
@@ -170,12 +172,13 @@ def large_entry(name: str, size: int, header: int, start: int, alignment: int) -
         size: bytes of data; at 4 GiB and more both sizes move to a zip64 field.
         header: position of the local header in the archive.
         start: position of the archive in its file.
-        alignment: the data starts on a multiple of this in the file.
+        alignment: a number below 64 KiB, the largest size of the padding.
+        residue: position of the data in the file, modulo `alignment`.
     """
     raw = name.encode()
     wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _U32 else b""
     end = start + header + _LOCAL.size + len(raw) + len(wide) + 4
-    pad = -end % alignment
+    pad = (residue - end) % alignment
     extra = wide + struct.pack("<2H", _PAD_ID, pad)
     short = min(size, _U32)
     local = _LOCAL.pack(b"PK\x03\x04", _VERSION, 0, 0, 0, _DATE, 0, short, short, len(raw), len(extra) + pad)

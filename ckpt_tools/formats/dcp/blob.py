@@ -202,7 +202,7 @@ class Frame(NamedTuple):
     Attributes:
         head: from the archive's first byte on.
         padding: zeros after it, up to the tensor; they may be left as a hole.
-        data_position: absolute position of the tensor in the file, a multiple of 4096.
+        data_position: absolute position of the tensor in the file, a multiple of 4096 and the residue asked for.
         suffix: from the tensor's end to the archive's end.
         end: absolute position after the suffix, where the next archive may start.
     """
@@ -219,8 +219,10 @@ class Frame(NamedTuple):
         return self.head + bytes(self.padding)
 
 
-def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
+def frame(dtype: DType, sizes: Sequence[int], position: int, residue: int = 0) -> Frame:
     """The archive for a row-major tensor that starts at the absolute byte `position` of a file.
+
+    The tensor itself starts `residue` bytes after a multiple of 4096.
 
     The checksum field of the tensor is 0, as torch writes it under `set_crc32_options(False)`: the bytes are not known
     when the frame is made, and torch does not check it. The digests of a checkpoint are in its manifest.
@@ -230,7 +232,8 @@ def frame(dtype: DType, sizes: Sequence[int], position: int) -> Frame:
     """
     nbytes = dtype.nbytes(prod(sizes))
     small, central = _small_entries(dtype, tuple(sizes))
-    header, padding, record = archive.large_entry(f"{_ARCHIVE}/data/0", nbytes, len(small), position, ALIGNMENT)
+    name = f"{_ARCHIVE}/data/0"
+    header, padding, record = archive.large_entry(name, nbytes, len(small), position, ALIGNMENT, residue)
     before = len(small) + len(header) + padding
     suffix = archive.directory([*central, record], before + nbytes)
     data_position = position + before

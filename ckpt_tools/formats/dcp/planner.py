@@ -11,7 +11,7 @@ from typing import Final
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import UsageError
-from ckpt_tools.core.tensors import Chunk, Framing, Store, StoredTensor, TargetFiles
+from ckpt_tools.core.tensors import Chunk, ChunkResidues, Framing, Store, StoredTensor, TargetFiles
 from ckpt_tools.formats.dcp.blob import frame
 from ckpt_tools.formats.dcp.description import (
     CHUNK,
@@ -34,20 +34,24 @@ VERSION: Final = "1.0.0"
 PlannedChunks = Sequence[tuple[tuple[int, ...], tuple[int, ...], str]]
 
 
-def plan_dcp(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]]) -> TargetFiles:
+def plan_dcp(
+    tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]], residues: ChunkResidues | None = None
+) -> TargetFiles:
     """The files of a new checkpoint.
 
     Args:
         tensors: by name: dtype, shape, and for each chunk its offsets, sizes and file. Chunks go into their file in
             the order given.
+        residues: position modulo 4 KiB that a chunk is to have, by name and offsets; 0 where none is given.
 
     Returns:
-        files whose tensors start on 4 KiB boundaries, and the `.metadata` document. The root of the store is the
-        empty path.
+        files whose tensors start on 4 KiB boundaries, or at their residue, and the `.metadata` document. The root of
+        the store is the empty path.
 
     Raises:
         UsageError: chunks that do not tile their tensor, or an element type that torch has not.
     """
+    residues = residues or {}
     store = Store(Path(), "dcp", {}, {})
     framing: list[Framing] = []
     lengths: list[int] = []
@@ -58,7 +62,7 @@ def plan_dcp(tensors: Mapping[str, tuple[DType, tuple[int, ...], PlannedChunks]]
         chunks = []
         for offsets, sizes, file in planned:
             start = ends.get(file, 0)
-            around = frame(dtype, sizes, start)
+            around = frame(dtype, sizes, start, residues.get((name, tuple(offsets)), 0))
             # The padding stays a hole: thousands of paddings would cost more memory than the plan.
             framing.append(Framing(file, start, around.head))
             framing.append(Framing(file, around.end - len(around.suffix), around.suffix))
