@@ -15,13 +15,13 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
-from torch.distributed.tensor import DTensor
 
 from automodel.backends import Backend, ResolvedDispatch, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.moe.peers import Peers
+from automodel.parallel.local import local_part
 
 
 class Dispatcher(Protocol):
@@ -172,7 +172,7 @@ class Experts(nn.Module):
         scale = self.dispatcher.gradient_scale if scaled and self.dispatcher is not None else 1.0
         names = (self.first, "down_proj", f"{self.first}_bias", "down_proj_bias")
         parameters = (getattr(self, name) for name in names)
-        return [None if parameter is None else _local(parameter, scale) for parameter in parameters]
+        return [None if parameter is None else _scaled(local_part(parameter), scale) for parameter in parameters]
 
     def extra_repr(self) -> str:
         _, hidden, width = self.down_proj.shape
@@ -193,7 +193,5 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def _local(parameter: torch.Tensor, gradient_scale: float) -> torch.Tensor:
-    """This process's part of a parameter that may be sharded over an expert axis."""
-    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _scaled(part: torch.Tensor, gradient_scale: float) -> torch.Tensor:
     return part if gradient_scale == 1.0 else _ScaleGradient.apply(part, gradient_scale)

@@ -99,6 +99,7 @@ class StepGraph:
             log_once(_logger, logging.INFO, f"micro-batches run without CUDA graphs: {self._obstacle}")
             return None
         if batch.is_packed:
+            log_once(_logger, logging.INFO, "packed micro-batches run without CUDA graphs: their documents differ")
             return None
         if self._addresses != self._addresses_now():
             self._forget()

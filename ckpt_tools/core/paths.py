@@ -16,7 +16,7 @@ from typing import Final
 
 from ckpt_tools.core.errors import FormatError, NotFoundError, StorageError
 
-MAX_NAME_LENGTH: Final = 1024
+_MAX_LENGTH: Final = 1024
 _MAX_COMPONENT: Final = 255  # bytes, on every file system that matters
 _NOT_IN_NAMES: Final = frozenset('\\:*?"<>|')  # separators, streams and wildcards of Windows
 _DEVICES: Final = frozenset(
@@ -45,7 +45,7 @@ def safe_join(root: Path, name: str, *, named_by: str) -> Path:
         FormatError: the name is absolute, climbs out, or is not plain text under POSIX or Windows rules.
     """
     parts = name.split("/")
-    if len(name) > MAX_NAME_LENGTH or not name.isprintable() or not all(map(_is_plain, parts)):
+    if len(name) > _MAX_LENGTH or not name.isprintable() or not all(map(_is_plain, parts)):
         raise FormatError(
             f"{named_by} names the file {name[:200]!r}, which is not a plain relative path inside the checkpoint",
             hint="the checkpoint is damaged or hostile; nothing was read from that path",

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "add-a-family.md").read_text(encoding="utf-8")
-NEEDED = ("ckpt_tools", "automodel", "tests", "scripts", "docs", "examples", "pyproject.toml")
+NEEDED = ("ckpt_tools", "automodel", "benchmarks", "tests", "scripts", "docs", "examples", "pyproject.toml")
 
 
 def block(after: str, language: str) -> str:

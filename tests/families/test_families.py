@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.sparse import DEEPSEEK_V3, QWEN3_30B_A3B
 from ckpt_tools import consolidate, convert, inspect
 from ckpt_tools.core.dtypes import DTYPES
 from ckpt_tools.core.errors import LayoutError, UsageError
@@ -20,44 +21,6 @@ from tests.checkpoints import CONFIGS, make_repository, tensor_bytes, write_repo
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "tests" / "fixtures" / "manifests"
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-DEEPSEEK_V3 = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 1,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "topk_method": "noaux_tc",
-    "vocab_size": 129280,
-    "tie_word_embeddings": False,
-}
 PREDICT = "model.layers.61."
 NEMOTRON_3_NANO = {
     "model_type": "nemotron_h",
