@@ -164,7 +164,7 @@ def measure_placing(job: Job, out: Path) -> float:
     os.sync()
     with FileReader(job.source, ahead=False) as reader, FileWriter(out) as writer:
         started = time.perf_counter()
-        write_frames(plan.target, writer)
+        write_frames(plan.target, writer, plan.sharing.targets)
         if share(plan.sharing, reader, writer):
             raise SystemExit(f"{job.name}: blocks cannot be shared")
         writer.sync()

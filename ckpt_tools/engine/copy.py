@@ -179,7 +179,7 @@ def _place_tensors(
         what was read; the leaves that share their blocks; files of the source that cannot.
     """
     with _reader(plan, options) as reader, FileWriter(staging.path) as writer:
-        write_frames(plan.target, writer, shared={run.target for run in plan.sharing.shared})
+        write_frames(plan.target, writer, plan.sharing.targets)
         # By this process alone, before the rest is divided.
         refused = cloning.share(plan.sharing, reader, writer, strict=options.strict)
         placed = plan.sharing.placed(refused)

@@ -51,6 +51,11 @@ class Sharing:
     shared: tuple[Run, ...]
     copied: tuple[Run, ...]
 
+    @property
+    def targets(self) -> set[str]:
+        """Files of the target that are to share blocks."""
+        return {run.target for run in self.shared}
+
     def nbytes(self, refused: frozenset[str] = frozenset()) -> int:
         """Bytes that are shared when some files of the source cannot be."""
         return sum(run.nbytes for run in self.shared if run.source not in refused)
