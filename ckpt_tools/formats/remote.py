@@ -30,6 +30,7 @@ from ckpt_tools.formats.safetensors import MAX_HEADER_SIZE
 
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A")
 
 REQUESTS: Final = 16
 """Requests at a time."""
@@ -71,7 +72,6 @@ class RemoteFiles:
         self._path = path.rstrip("/")
         # Those that are not asynchronous inside mostly have one connection or one open file.
         self._turn = contextlib.nullcontext() if filesystem.async_impl else threading.Lock()
-        self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ckpt-remote")
         self.versions = self._list()
         folder = Path(tempfile.mkdtemp(prefix="ckpt-remote-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -181,13 +181,9 @@ class RemoteFiles:
         tensors = [file for file in self.versions if file.endswith(".safetensors") and "/" not in file]
         works: list[Callable[[], None]] = [functools.partial(self._put, file, 0, None) for file in small]
         works += [functools.partial(self._put_header, file) for file in tensors]
-        self._all(works)
+        in_parallel(lambda work: work(), works)
         if METADATA_FILE in self.versions:
-            self._all([functools.partial(self._put, *piece) for piece in self._edges()])
-
-    def _all(self, works: Sequence[Callable[[], None]]) -> None:
-        for done in [self._pool.submit(work) for work in works]:
-            done.result()
+            in_parallel(lambda piece: self._put(*piece), self._edges())
 
     def _put(self, file: str, begin: int, end: int | None) -> None:
         size = self.versions[file].size
@@ -291,6 +287,15 @@ def _remote(url: str) -> RemoteFiles:
 
         return WebFiles(url, filesystem, path)
     return RemoteFiles(url, filesystem, path)
+
+
+def in_parallel(ask: Callable[[A], T], of: Iterable[A]) -> list[T]:
+    """What requests give, several made at a time; after one that failed no more are begun."""
+    pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ckpt-remote")
+    try:
+        return list(pool.map(ask, of))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def version_of(info: Mapping[str, Any]) -> Version:

@@ -10,7 +10,7 @@ from ckpt_tools.formats.dcp.description import parse
 from ckpt_tools.formats.dcp.metadata import METADATA_FILE
 from ckpt_tools.formats.documents import parse_json_object
 from ckpt_tools.formats.hf import INDEX, SINGLE
-from ckpt_tools.formats.remote import RemoteFiles, Version, no_ranges, version_of
+from ckpt_tools.formats.remote import RemoteFiles, Version, in_parallel, no_ranges, version_of
 
 _TOKENIZER: Final = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -80,5 +80,5 @@ class WebFiles(RemoteFiles):
             except NotFoundError:
                 return None
 
-        found = zip(files, self._pool.map(ask, files), strict=True)
+        found = zip(files, in_parallel(ask, files), strict=True)
         return {file: version for file, version in found if version is not None}

@@ -384,4 +384,4 @@ def test_a_reader_that_is_closed_leaves_no_threads(web: str) -> None:
     assert bytes(data) == (opened.root / file).read_bytes()[:8]
     reader.close()
     time.sleep(0.05)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ckpt-range")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ckpt-range", "ckpt-remote"))]
