@@ -23,13 +23,15 @@ BUILT = ("transformers4", "vllm", "sglang")
 """Readers with an environment of their own; transformers 5 is read with the development environment itself."""
 PYTHON_OF = {"sglang": (3, 11), "vllm": (3, 11)}
 """Python versions that a reader's wheels are made for."""
+ROOM = {"transformers4": 3, "vllm": 8, "sglang": 8}
+"""GB that are free before an environment is built: for it, and for tests that run beside it."""
 
 
 def python_for(name: str, *, build: bool = True) -> Path | None:
     """The interpreter of a reader's environment; None where it is not built and `build` is false.
 
     Raises subprocess.CalledProcessError when an installation fails, FileNotFoundError when the Python that the
-    reader's wheels need is not on this machine.
+    reader's wheels need is not on this machine, OSError when the disk is too full.
     """
     if name not in BUILT:
         raise ValueError(f"no environment named {name}; there are {', '.join(BUILT)}")
@@ -51,8 +53,19 @@ def _cache() -> Path:
 
 
 def _build(name: str, home: Path, pins: Path) -> None:
+    free = shutil.disk_usage(home.parent).free / 1e9
+    if free < ROOM[name]:
+        raise OSError(f"the {name} environment takes {ROOM[name]} GB to build; {home.parent} has {free:.1f} GB free")
     print(f"Building the {name} environment in {home}", file=sys.stderr, flush=True)
     shutil.rmtree(home, ignore_errors=True)
+    try:
+        _install(name, home, pins)
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
+
+
+def _install(name: str, home: Path, pins: Path) -> None:
     _run(_base_python(name), "-m", "venv", home)
     torch = next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
     install = (home / "bin" / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check")
