@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from checkpoint_data import CONFIG, GPT_OSS_20B, make_sharded, make_source
 
@@ -96,12 +97,12 @@ def measure(job: Job, out: Path, prepare: Callable[[Path], None]) -> Run:
     return Run(time.perf_counter() - started, cpu_seconds, peak)
 
 
-def launch(name: str, command: list[str]) -> tuple[float, int]:
-    """(CPU seconds, peak resident bytes) of a command."""
+def launch(name: str, command: list[str], output: IO[bytes] | int = subprocess.DEVNULL) -> tuple[float, int]:
+    """(CPU seconds, peak resident bytes) of a command that prints to `output`."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as errors:
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, str(write), *command]
-        process = subprocess.Popen(launcher, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(write,))
+        process = subprocess.Popen(launcher, stdout=output, stderr=errors, pass_fds=(write,))
         os.close(write)
         with open(read) as found:
             text = found.read()

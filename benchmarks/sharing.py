@@ -20,13 +20,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoints import CONFIG, MESH, bare_interpreter, make_source, sync_tree
+from checkpoints import CONFIG, MESH, bare_interpreter, launch, make_source, sync_tree
 
 from ckpt_tools.engine.checkpoint import open_checkpoint
 from ckpt_tools.engine.cloning import BLOCK, share
@@ -135,19 +136,16 @@ def measure(job: Job, mount: Path) -> Run:
     shutil.rmtree(out, ignore_errors=True)
     before = used(mount)
     started = time.perf_counter()
-    process = subprocess.Popen(job.command(out), stdout=subprocess.PIPE)
-    text = process.stdout.read() if process.stdout else b""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{job.name} failed with {process.returncode}")
-    sync_tree(out)
-    seconds = time.perf_counter() - started
+    with tempfile.TemporaryFile() as output:
+        cpu, peak = launch(job.name, job.command(out), output)
+        sync_tree(out)
+        seconds = time.perf_counter() - started
+        output.seek(0)
+        text = output.read()
     report = json.loads(text) if text else {"seconds": seconds, "shared": 0, "nbytes": 1}
     extra = used(mount) - before
     placing = seconds if job.verb == "cp" else measure_placing(job, out)
     share_of_bytes = report["shared"] / report["nbytes"]
-    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     return Run(seconds, report["seconds"], placing, cpu, extra, share_of_bytes, peak)
 
 
