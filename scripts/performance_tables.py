@@ -1,4 +1,4 @@
-"""Renders the tables of docs/performance.md that come from GPU runs in benchmarks/results/.
+"""Renders the tables of docs/performance.md from what was measured, benchmarks/results/.
 
 `python scripts/performance_tables.py` rewrites them between their markers; `--check` says whether they are current.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- gpu-tables:begin (scripts/performance_tables.py) -->", "<!-- gpu-tables:end -->"
 TITLES = {
     "ours": "this project",
     "ours-all_to_all": "this project, experts through all-to-all",
@@ -27,6 +27,57 @@ TITLES = {
     "nemo": "NeMo AutoModel",
 }
 Document = dict[str, Any]
+
+
+def checkpoints(warm: Document, cold: Document) -> str:
+    """The table of `checkpoints-warm.json` and `checkpoints-cold.json`."""
+    lines = [
+        "| job | warm s | x cp | CPU s | cold s | x cp | CPU s | peak MB over Python |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    runs = [{row["job"]: row for row in document["jobs"]} for document in (warm, cold)]
+    for job in dict.fromkeys([*runs[0], *runs[1]]):
+        found = [rows.get(job) for rows in runs]
+        cells = [
+            f"{row['seconds']:.2f} | {row['ratio_to_cp']:.2f} | {row['cpu_seconds']:.2f}" if row else " | | "
+            for row in found
+        ]
+        peak = max(row["peak_mb_over_python"] for row in found if row)
+        lines.append(f"| {job} | {' | '.join(cells)} | {peak:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def sharing(document: Document) -> str:
+    """The table of `sharing.json`: XFS, then Btrfs in every cell."""
+    lines = [
+        "| job | process, s | x cp | call, s | x cp | placing, s | x cp | CPU s | shared | extra disk | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for pair in zip(document["xfs"], document["btrfs"], strict=True):
+
+        def both(key: str, form: str, pair: tuple[Document, Document] = pair) -> str:
+            return ", ".join(format(row[key], form) for row in pair)
+
+        times = " | ".join(
+            f"{both(f'{what}_seconds', '.2f')} | {both(f'{what}_seconds_ratio_to_cp', '.3g')}"
+            for what in ("call", "placing")
+        )
+        lines.append(
+            f"| {pair[0]['job']} | {both('seconds', '.2f')} | {both('seconds_ratio_to_cp', '.3g')} | {times} "
+            f"| {both('cpu_seconds', '.1f')} | {pair[0]['shared_percent']:.1f} % "
+            f"| {both('extra_disk_percent', '.2f')} % | {both('peak_mb_over_python', '.0f')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def planning(document: Document) -> str:
+    """The table of `planning.json`."""
+    lines = ["| job | s | user s | peak MB |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['job']} | {row['seconds']:.2f} | {row['user_seconds']:.2f} | {row['peak_mb']:.0f} |"
+        for row in document["jobs"]
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def training(document: Document) -> str:
@@ -99,30 +150,48 @@ def dispatch(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(results: Path) -> str:
-    """All tables, in the order of their files."""
-    parts = [training(_read(path)) for path in sorted(results.glob("training-*.json"))]
-    parts += [experts(_read(path)) for path in sorted(results.glob("experts.json"))]
-    parts += [dispatch(_read(path)) for path in sorted(results.glob("dispatch.json"))]
-    return "\n".join(parts)
+def gpu() -> str:
+    """The tables of what was measured on GPUs."""
+    parts = [training(_read(path.name)) for path in sorted(RESULTS.glob("training-*.json"))]
+    return "\n".join([*parts, experts(_read("experts.json")), dispatch(_read("dispatch.json"))])
 
 
-def _read(path: Path) -> Document:
-    document: Document = json.loads(path.read_text(encoding="utf-8"))
+SECTIONS: dict[str, Callable[[], str]] = {
+    "checkpoints": lambda: checkpoints(_read("checkpoints-warm.json"), _read("checkpoints-cold.json")),
+    "sharing": lambda: sharing(_read("sharing.json")),
+    "planning": lambda: planning(_read("planning.json")),
+    "gpu": gpu,
+}
+"""What stands between the markers of each name."""
+
+
+def render(text: str) -> str:
+    """The page with every table as the results say.
+
+    Raises:
+        ValueError: the markers of a table are not there.
+    """
+    for name, table in SECTIONS.items():
+        first, last = f"<!-- {name}-tables:begin (scripts/performance_tables.py) -->", f"<!-- {name}-tables:end -->"
+        before, begin, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not (begin and end):
+            raise ValueError(f"{PAGE} lacks the markers {first} and {last}")
+        text = f"{before}{begin}\n{table()}{end}{after}"
+    return text
+
+
+def _read(name: str) -> Document:
+    document: Document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return document
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Render the GPU tables of docs/performance.md.")
+    parser = argparse.ArgumentParser(description="Render the tables of docs/performance.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail when the tables are not current")
     arguments = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        print(f"{PAGE} lacks the markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    current = f"{before}{BEGIN}\n{render(RESULTS)}{END}{after}"
+    current = render(text)
     if current == text:
         return 0
     if arguments.check:
