@@ -80,8 +80,8 @@ def planning(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
-def training(document: Document) -> str:
-    """The table of one `training-*.json`, with what our step spends its time on."""
+def training(document: Document, name: str) -> str:
+    """The table and plots of one `training-*.json`, with what our step spends its time on."""
     made, rows = document["configuration"], document["rows"]
     lines = [
         f"**{made['case']}**: {made['config']['num_hidden_layers']} layers, {made['gpus']} x {made['gpu']}, sequence "
@@ -109,6 +109,8 @@ def training(document: Document) -> str:
             spent = row["kernels"]["milliseconds_by_kind"].items()
             shares = ", ".join(f"{kind} {value:.1f}" for kind, value in sorted(spent, key=lambda kind: -kind[1]))
             lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}."]
+    sizes = sorted({row["micro_batch"] for row in rows if "error" not in row})
+    lines += ["", *(f"![Tokens a second at micro-batch {size}](plots/{name}-{size}.svg)" for size in sizes)]
     return "\n".join(lines) + "\n"
 
 
@@ -152,7 +154,7 @@ def dispatch(document: Document) -> str:
 
 def gpu() -> str:
     """The tables of what was measured on GPUs."""
-    parts = [training(_read(path.name)) for path in sorted(RESULTS.glob("training-*.json"))]
+    parts = [training(_read(path.name), path.stem) for path in sorted(RESULTS.glob("training-*.json"))]
     return "\n".join([*parts, experts(_read("experts.json")), dispatch(_read("dispatch.json"))])
 
 
