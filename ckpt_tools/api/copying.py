@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
 
 from ckpt_tools.api.opening import opened
+from ckpt_tools.api.planning import one_of, plan_consolidation, plan_conversion
 from ckpt_tools.api.reports import CopyReport
-from ckpt_tools.core.dtypes import DType, parse_dtype
-from ckpt_tools.core.errors import FormatError, NotFoundError, UsageError
 from ckpt_tools.core.sizes import parse_size
 from ckpt_tools.engine.bounds import CopyOptions, shared_bytes, thread_bytes
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.cloning import Reflink, block_for
+from ckpt_tools.engine.cloning import Reflink
 from ckpt_tools.engine.copy import known_digests, run_plan
 from ckpt_tools.engine.execute import Copied, Progress
 from ckpt_tools.engine.manifest import Manifest
 from ckpt_tools.engine.plan import Plan
-from ckpt_tools.engine.ranks import OtherRank, Ranks
-from ckpt_tools.engine.sharding import parse_mesh
+from ckpt_tools.engine.ranks import Ranks
 from ckpt_tools.engine.sides import native_side_files, repository_side_files
-from ckpt_tools.engine.targets import NativeFormat, plan_huggingface, plan_native
-from ckpt_tools.families import get_family
+from ckpt_tools.engine.targets import NativeFormat
 from ckpt_tools.families.family import LAYOUT_VERSION
-from ckpt_tools.families.readers import config_for, parse_readers
 from ckpt_tools.formats.hub import ResolvedSource, resolve_source
 from ckpt_tools.formats.remote import by_url, place, remote_files
-from ckpt_tools.layouts.layout import Layout
 from ckpt_tools.version import TOOL
 
 
@@ -87,21 +80,17 @@ def convert(
     started = time.perf_counter()
     resolved = resolve_source(str(source), revision=revision)
     checkpoint = opened(resolved.path, family=family, dialect=dialect, like=like)
-    if checkpoint.is_encoded and not dequantize:
-        raise UsageError(
-            f"{source} is quantised ({checkpoint.layout.form}); the native layout holds plain floating point",
-            hint="add --dequantize to turn it into BF16, or --family identity to copy its tensors as they are",
-        )
-    plan = plan_native(
+    plan = plan_conversion(
         checkpoint,
-        mesh=None if mesh is None else parse_mesh(mesh),
-        file_format=_one_of("file_format", file_format, ("dcp", "safetensors")),
-        dtype=_dtype(dtype),
-        max_file_size=parse_size(max_file_size),
-        layout=_own_layout(checkpoint),
-        block=_block(reflink, checkpoint, destination, ranks),
+        destination,
+        mesh=mesh,
+        file_format=file_format,
+        dtype=dtype,
+        dequantize=dequantize,
+        max_file_size=max_file_size,
+        reflink=reflink,
+        ranks=ranks,
     )
-    _check_sharing(reflink, plan)
     options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
     copied = None
     if not dry_run:
@@ -164,27 +153,22 @@ def consolidate(
     started = time.perf_counter()
     resolved = resolve_source(str(source))
     checkpoint = opened(resolved.path, family=family, form=quantize or "", dialect=dialect, like=like)
-    if not checkpoint.config and family is None and checkpoint.store.kind != "safetensors":
-        raise NotFoundError(
-            f"{source} has no config.json, so its architecture is not known",
-            hint="give a repository of the same model with --like, or --family identity to keep all names",
-        )
-    if readers is not None:
-        checkpoint = _accepted(checkpoint, config_for(checkpoint.config, parse_readers(readers), quantize or ""))
-    target = _target_layout(checkpoint, quantize)
-    plan = plan_huggingface(
+    plan, layout = plan_consolidation(
         checkpoint,
-        dtype=_dtype(dtype),
-        max_shard_size=parse_size(max_shard_size),
-        layout=target,
-        block=_block(reflink, checkpoint, destination, ranks),
+        destination,
+        readers=readers,
+        dtype=dtype,
+        quantize=quantize,
+        family=family,
+        max_shard_size=max_shard_size,
+        reflink=reflink,
+        ranks=ranks,
     )
-    _check_sharing(reflink, plan)
     options = _options(overwrite, threads, memory, progress, reflink, digests, sha256)
     copied = None
     if not dry_run:
         dtypes = {copy.name: copy.target.dtype for copy in plan.copies if copy.target}
-        side_files = repository_side_files(checkpoint.config, checkpoint.side_root, target, dtypes)
+        side_files = repository_side_files(plan.source.config, plan.source.side_root, layout, dtypes)
         copied = run_plan(plan, Path(destination), _manifest(plan, resolved), side_files, options, ranks)
     return _report(plan, None if dry_run else destination, options, copied, started, ranks)
 
@@ -231,120 +215,39 @@ def plan(
         memory: bound of buffers.
         threads: worker threads.
     """
+    started = time.perf_counter()
     path = resolve_source(str(source), revision=revision).path
+    form = quantize or ""
+    opened_as = partial(opened, path, family=family, dialect=dialect, like=like)
+    checkpoint = opened_as(form=form if one_of("to", to or "native", ("native", "hf")) == "hf" else None)
     if to is None:
-        checkpoint = opened(path, family=family, dialect=dialect, like=like)
         to = "native" if checkpoint.side == "hf" and checkpoint.store.kind == "safetensors" else "hf"
-    if _one_of("to", to, ("native", "hf")) == "hf":
-        return consolidate(
-            path,
+        if to == "hf" and checkpoint.layout.form != form:
+            checkpoint = opened_as(form=form)
+    if to == "hf":
+        planned, _ = plan_consolidation(
+            checkpoint,
             "",
             readers=readers,
             dtype=dtype,
             quantize=quantize,
             family=family,
-            dialect=dialect,
-            like=like,
             max_shard_size=max_file_size,
             reflink=reflink,
-            digests=digests,
-            memory=memory,
-            threads=threads,
-            dry_run=True,
         )
-    return convert(
-        path,
-        "",
-        mesh=mesh,
-        file_format=file_format,
-        dtype=dtype,
-        dequantize=dequantize,
-        family=family,
-        dialect=dialect,
-        like=like,
-        max_file_size=max_file_size,
-        reflink=reflink,
-        digests=digests,
-        memory=memory,
-        threads=threads,
-        dry_run=True,
-    )
-
-
-def _block(reflink: Reflink, source: Checkpoint, destination: str | Path, ranks: Ranks | None) -> int | None:
-    if isinstance(ranks, OtherRank):
-        return ranks.block()
-    # A plan that names no destination is for one beside the source.
-    out = Path(destination) if str(destination) else source.root.absolute()
-    block = block_for(_one_of("reflink", reflink, get_args(Reflink)), source.root, source.store.files, out)
-    if ranks is not None:
-        ranks.tell_block(block)
-    return block
-
-
-def _check_sharing(reflink: Reflink, plan: Plan) -> None:
-    if reflink == "always" and not plan.sharing.leaves:
-        raise UsageError(
-            f"no tensor of {plan.source.root} lies so that the output could share its blocks",
-            hint="tensors that are small, cast or transposed are always copied; --reflink auto does that",
+    else:
+        planned = plan_conversion(
+            checkpoint,
+            "",
+            mesh=mesh,
+            file_format=file_format,
+            dtype=dtype,
+            dequantize=dequantize,
+            max_file_size=max_file_size,
+            reflink=reflink,
         )
-
-
-def _accepted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """`checkpoint` under a config that says the same otherwise: with tied weights, or with one tensor for each name."""
-    if config == checkpoint.config:
-        return checkpoint
-    if checkpoint.layout.is_identity:
-        raise UsageError(
-            "--for asks for other tensor names, and the identity family keeps all names",
-            hint="leave --family out, or --for",
-        )
-    tied = config.get("tie_word_embeddings", True)
-    return replace(checkpoint if tied else checkpoint.untied(), config=config)
-
-
-def _target_layout(checkpoint: Checkpoint, form: str | None) -> Layout:
-    """The layout of a repository that is made out of a checkpoint, plain or in a quantised form."""
-    if checkpoint.is_encoded:
-        raise UsageError(
-            f"{checkpoint.root} is already a Hugging Face repository, quantised ({checkpoint.layout.form})",
-            hint="`ckpt convert --dequantize` makes a native checkpoint of it, which can be consolidated into any form",
-        )
-    if checkpoint.layout.is_identity:
-        if form is None:
-            return checkpoint.layout
-        raise UsageError(f"{checkpoint.root} is of no known family, so its form {form!r} is not known either")
-    get_family(checkpoint.layout.family).check_written(form or "")
-    if checkpoint.layout.form == (form or ""):
-        return checkpoint.layout
-    family, names = get_family(checkpoint.layout.family), checkpoint.layout.leaves
-    return family.layout(checkpoint.config, form=form or "", names=names)
-
-
-def _own_layout(checkpoint: Checkpoint) -> Layout:
-    """The layout of a native checkpoint that is made out of one, whoever named its tensors."""
-    layout = checkpoint.layout
-    if layout.dialect == "native":
-        return layout
-    return get_family(layout.family).layout(checkpoint.config, form=layout.form, names=layout.leaves)
-
-
-def _dtype(text: str | None) -> DType | None:
-    if text is None:
-        return None
-    try:
-        dtype = parse_dtype(text)
-    except FormatError as error:
-        raise UsageError(f"--dtype {text}: {error.message}", hint=error.hint) from None
-    if not dtype.is_float:
-        raise UsageError(f"--dtype {text}: only BF16, F16, F32 and F64 can be cast to")
-    return dtype
-
-
-def _one_of(what: str, value: str, allowed: tuple[str, ...]):  # type: ignore[no-untyped-def]
-    if value not in allowed:
-        raise UsageError(f"{what} is {value!r}, not {' or '.join(allowed)}")
-    return value
+    options = _options(False, threads, memory, None, reflink, digests, False)
+    return _report(planned, None, options, None, started, None)
 
 
 def _options(
