@@ -1,16 +1,12 @@
 """What other tools do with the files of `checkpoints.py`, a process each: `checkpoint_peers.py TOOL SOURCE OUT`.
 
 Each is called as its own documentation says. `stream` is the best of the scripts that people write by hand: it holds
-one layer at a time. Runs under any Python that has the tool: these modules and torch are all that is needed, and
+one layer at a time. Runs under any Python that has the tool; `checkpoint_peers.txt` says how to make one that has them
+all. `checkpoint_peers.py --probe MODULE ...` prints which modules cannot be imported, and the versions of `PACKAGES`.
 
-    pip install torch==2.13.0 transformers==5.23.0 accelerate tyro colorama fire ray tensordict==0.10.0 \
-        python-dateutil backoff distro
-    pip install --no-deps nemo-automodel==0.7.0 torchtitan==0.3.0 verl==0.9.1 axolotl==0.19.0 triton==3.6.0 \
-        spmd_types==0.2.3 posthog==6.7.11 six omegaconf antlr4-python3-runtime==4.9.3 hydra-core codetiming dill art \
-        addict python-dotenv einops psutil pillow pyarrow datasets multiprocess pandas xxhash numba llvmlite
-
-makes one that has them all (2.6 GB, no CUDA). `checkpoint_peers.py MODULE ...` prints which modules cannot be imported,
-and the versions of all packages in `PACKAGES`.
+Not called: torchtitan's conversion scripts, because its wheel lacks them (the functions here do what they do); NeMo
+AutoModel's `from_pretrained`, because its model cannot be built without a GPU; verl's, NeMo's and axolotl's pinned
+transformers, because there are three.
 """
 
 from __future__ import annotations
@@ -284,7 +280,7 @@ def probe(modules: Sequence[str]) -> dict[str, object]:
 
 if __name__ == "__main__":
     os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1")
-    if sys.argv[1] in TOOLS:
-        TOOLS[sys.argv[1]].run(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] == "--probe":
+        print(json.dumps(probe(sys.argv[2:])))
     else:
-        print(json.dumps(probe(sys.argv[1:])))
+        TOOLS[sys.argv[1]].run(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -241,7 +241,7 @@ class Probe:
 def choose(every: list[Case], wanted: re.Pattern[str], python: str) -> tuple[list[Case], Probe]:
     """The cases whose names match and whose modules are there, with the `cp` of each; says what is left out."""
     chosen = [case for case in every if wanted.search(case.name) and not case.name.startswith("cp")]
-    command = [python, PEERS, *sorted({case.needs for case in chosen if case.needs})]
+    command = [python, PEERS, "--probe", *sorted({case.needs for case in chosen if case.needs})]
     found = Probe(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
     for case in chosen:
         if case.needs in found.missing:
@@ -267,9 +267,8 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     prepare = (lambda _: empty_cache()) if arguments.mode == "cold" else fill_cache
     out = data / "out"
-    chosen, found = choose(
-        cases(data, arguments.layers, arguments.peers_python), arguments.jobs, arguments.peers_python
-    )
+    peers: str = arguments.peers_python
+    chosen, found = choose(cases(data, arguments.layers, peers), arguments.jobs, peers)
     todo = [(case, case.job()) for case in chosen]
     runs: dict[str, list[Run]] = {case.name: [] for case in chosen}
     for number in range(arguments.rounds):
@@ -279,7 +278,7 @@ def main() -> None:
             print(f"round {number + 1} {job.name:50} {run.seconds:6.2f} s", file=sys.stderr, flush=True)
             if arguments.check and case.peer and not number:
                 source = make_source(data, arguments.layers)
-                subprocess.run([arguments.peers_python, CHECK, str(out), str(source)], check=True)
+                subprocess.run([peers, CHECK, str(out), str(source)], check=True)
     shutil.rmtree(out, ignore_errors=True)
     report(runs, dict(todo), found, arguments)
 
