@@ -218,7 +218,7 @@ def torchtitan_consolidate(source: Path, out: Path) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     with torch.inference_mode():
-        state, adapter = _torchtitan_model(source)
+        state, adapter = _torchtitan_model(source / "hf_assets")
         dcp.load(state, checkpoint_id=source)
         writer = HuggingFaceStorageWriter(
             path=str(out),
@@ -230,14 +230,14 @@ def torchtitan_consolidate(source: Path, out: Path) -> None:
         dcp.save(adapter.to_hf(state), storage_writer=writer)
 
 
-def _torchtitan_model(source: Path) -> tuple[dict[str, torch.Tensor], Qwen3StateDictAdapter]:
-    """The state dict of torchtitan's Qwen3 with the sizes of a repository, on the host, and the adapter for it."""
+def _torchtitan_model(assets: Path) -> tuple[dict[str, torch.Tensor], Qwen3StateDictAdapter]:
+    """The state dict of torchtitan's Qwen3 with the sizes in `config.json`, on the host, and the adapter for it."""
     import torch
     from torchtitan.components.checkpointer import ModelWrapper
     from torchtitan.models import qwen3
     from torchtitan.models.common import CosSinRoPE, Embedding, Linear
 
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((assets / "config.json").read_text())
     width, words, head = config["hidden_size"], config["vocab_size"], config["head_dim"]
     rope = CosSinRoPE.Config(dim=head, max_seq_len=config["max_position_embeddings"], theta=config["rope_theta"])
     model = qwen3.Qwen3Model.Config(
@@ -261,7 +261,7 @@ def _torchtitan_model(source: Path) -> tuple[dict[str, torch.Tensor], Qwen3State
         ),
     )
     torch.set_default_dtype(torch.bfloat16)
-    adapter = qwen3.Qwen3StateDictAdapter(model, str(source))
+    adapter = qwen3.Qwen3StateDictAdapter(model, str(assets))
     return ModelWrapper(model.build())._get_state_dict(), adapter
 
 

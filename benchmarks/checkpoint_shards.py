@@ -2,7 +2,8 @@
 
 `fsdp` is the `pytorch_model_fsdp_0` of accelerate, TRL and axolotl: DCP under the names that transformers 5 holds in
 memory, below `model`, every tensor in 4 parts of its first dimension. `verl` is the same model as verl's FSDP engine
-saves it, a pickle for each rank. `torchtitan` is DCP under torchtitan 0.3's names, experts EP 2 x FSDP 2.
+saves it, a pickle for each rank. `torchtitan` is DCP under torchtitan 0.3's names, experts EP 2 x FSDP 2, beside the
+index of the repository that its `--hf_assets_path` names.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def save(kind: str, source: Path, out: Path) -> None:
         torch.multiprocessing.spawn(_save_rank, args=(kind, source, out, f"file://{store}/ranks"), nprocs=RANKS)
     if kind == "verl":
         _write_verl_files(source, out)
+    if kind == "torchtitan":
+        (out / "hf_assets").mkdir()
+        for file in ("config.json", "model.safetensors.index.json"):
+            shutil.copy(source / file, out / "hf_assets")
 
 
 def _save_rank(rank: int, kind: str, source: Path, out: Path, store: str) -> None:
@@ -112,7 +117,7 @@ def _state_of_rank(rank: int, source: Path, names: str) -> dict[str, object]:
     def part(name: str, parts: int = 1, number: int = 0) -> torch.Tensor:
         whole = files[index[name]].get_slice(name)
         rows = whole.get_shape()[0] // parts
-        return whole[number * rows : (number + 1) * rows]
+        return whole[number * rows : (number + 1) * rows].clone()  # torch cannot pickle a slice of the file
 
     state: dict[str, object] = {}
     for name in index:
