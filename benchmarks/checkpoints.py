@@ -58,12 +58,11 @@ class Run:
 
 @dataclass
 class Job:
-    """A command that reads `source` and makes `{out}`; `cp` names the job that copies the same bytes."""
+    """A command that reads `source` and makes `{out}`."""
 
     name: str
     source: Path
     command: list[str]
-    cp: str = "cp"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Case:
         name: of the job.
         make: makes the input, once, and returns its directory.
         command: as a job's, with `{source}` for the input.
-        cp: as a job's.
+        cp: name of the job that copies the same bytes.
         needs: module that the interpreter of the peers must have, to make the input or to run.
         ours: name of our job that a peer is compared with.
     """
@@ -92,8 +91,9 @@ class Case:
         return bool(self.ours)
 
     def job(self) -> Job:
+        """Makes the input, if it is not there."""
         source = self.make()
-        return Job(self.name, source, [part.replace("{source}", str(source)) for part in self.command], self.cp)
+        return Job(self.name, source, [part.replace("{source}", str(source)) for part in self.command])
 
 
 def sync_tree(path: Path) -> None:
@@ -173,6 +173,9 @@ def cases(data: Path, layers: int, python: str) -> list[Case]:
     def whole() -> Path:
         return native(source(), "native")
 
+    def sharded() -> Path:
+        return native(source(), "native-sharded", "--mesh", MESH)
+
     def rows() -> Path:
         return make_sharded(source(), 0)
 
@@ -201,9 +204,7 @@ def cases(data: Path, layers: int, python: str) -> list[Case]:
         ckpt(f"convert --mesh {MESH}", "convert", source, "--mesh", MESH),
         ckpt(f"convert --format safetensors --mesh {MESH}", "convert", source, *safetensors),
         ckpt("consolidate .distcp", "consolidate", whole),
-        ckpt(
-            f"consolidate .distcp of {MESH}", "consolidate", lambda: native(source(), "native-sharded", "--mesh", MESH)
-        ),
+        ckpt(f"consolidate .distcp of {MESH}", "consolidate", sharded),
         ckpt(by_rows, "consolidate", rows),
         ckpt(by_columns, "consolidate", columns),
         ckpt(fsdp, "consolidate", saved("fsdp"), *like, needs="torch"),
@@ -326,7 +327,7 @@ def report(runs: dict[str, list[Run]], todo: dict[Case, Job], found: Probe, argu
             "rounds": arguments.rounds,
             "config": {**CONFIG, "num_hidden_layers": arguments.layers},
             "machine": machine,
-            "peers": {"python": found.python, "packages": found.packages},
+            "peers": {"python": found.python, "packages": found.packages, "not_installed": found.missing},
         }
         arguments.json.write_text(json.dumps({"configuration": configuration, "jobs": rows}, indent=1) + "\n")
 
