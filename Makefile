@@ -54,7 +54,7 @@ lint: $(READY) ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## convert and consolidate against cp and transformers, interleaved (needs about 20 GB of disk)
+bench: $(READY) ## convert and consolidate against cp and installed peers, interleaved (needs about 35 GB of disk)
 	$(BIN)/python benchmarks/checkpoints.py
 
 clean: ## remove .venv, caches and outputs

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -156,6 +157,23 @@ def make_sharded(source: Path, dim: int) -> Path:
     (making / "fqn_to_file_index_mapping.json").write_text(json.dumps(mapping))
     making.rename(sharded)
     return sharded
+
+
+def make_saved(source: Path, kind: str, python: str) -> Path:
+    """What a trainer saves of a repository on 4 ranks: `fsdp`, `verl` or `torchtitan` of `checkpoint_shards.py`.
+
+    Args:
+        source: the repository.
+        kind: the trainer.
+        python: an interpreter that has torch, safetensors and, for verl's tokenizer, transformers.
+    """
+    saved = source.with_name(f"{source.name}-{kind}")
+    if not saved.exists():
+        making = _empty(source.with_name("making"))
+        script = Path(__file__).with_name("checkpoint_shards.py")
+        subprocess.run([python, str(script), kind, str(source), str(making)], check=True)
+        making.rename(saved)
+    return saved
 
 
 def _experts(names: Mapping[str, object]) -> int:

@@ -4,10 +4,14 @@
 
 A repository shaped like Qwen3-MoE (hidden 1024, 12 layers, 64 experts of width 768, vocabulary 32768: 3.886 GB in
 2,415 tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once, and shards of the first as
-torch writes them on 4 ranks. Every round runs each job once, in the same order; each starts from an empty output and,
-in `cold` mode, from an empty page cache (needs root), and ends when the output is on the disk. Ratios are medians over
-rounds of the time of cp of the same bytes divided by the job's in the same round. Memory is the peak resident size over
-that of a bare Python. `--jobs REGEX` chooses; peers need the training extra.
+torch and trainers write them on 4 ranks. Every round runs each job once, in the same order; each starts from an empty
+output and, in `cold` mode, from an empty page cache (needs root), and ends when the output is on the disk. Ratios are
+medians over rounds of the time of cp of the same bytes divided by the job's in the same round, and of a peer's time
+divided by that of our job beside it. Memory is the peak resident size over that of a bare Python.
+
+`--jobs REGEX` chooses; only the inputs of chosen jobs are made, of 3.9 GB each. Peers (`checkpoint_peers.py`) run under
+`--peers-python`; those it cannot import are named and left out. `--check` compares what each peer made in the first
+round with the repository, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,11 +32,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from checkpoint_data import CONFIG, GPT_OSS_20B, make_sharded, make_source
+from checkpoint_data import CONFIG, GPT_OSS_20B, make_saved, make_sharded, make_source
+from checkpoint_peers import TOOLS
 
 MESH = "dp_shard=2,ep=2"
 CKPT = [sys.executable, "-m", "ckpt_tools"]
-PEERS = Path(__file__).with_name("checkpoint_peers.py")
+PEERS, CHECK = (str(Path(__file__).with_name(f"checkpoint_{name}.py")) for name in ("peers", "check"))
 LAUNCH = """
 import json, os, sys
 pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
@@ -54,12 +59,42 @@ class Run:
 
 @dataclass
 class Job:
-    """A command that reads `source` and makes `{out}`; `cp` names the job that copies the same bytes."""
+    """A command that reads `source` and makes `{out}`."""
 
     name: str
     source: Path
     command: list[str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job whose input may not be there yet.
+
+    Attributes:
+        name: of the job.
+        make: makes the input, once, and returns its directory.
+        command: as a job's, with `{source}` for the input.
+        cp: name of the job that copies the same bytes.
+        needs: module that the interpreter of the peers must have, to make the input or to run.
+        ours: name of our job that a peer is compared with.
+    """
+
+    name: str
+    make: Callable[[], Path]
+    command: tuple[str, ...]
     cp: str = "cp"
+    needs: str = ""
+    ours: str = ""
+
+    @property
+    def peer(self) -> bool:
+        """Whether another tool runs it."""
+        return bool(self.ours)
+
+    def job(self) -> Job:
+        """Makes the input, if it is not there."""
+        source = self.make()
+        return Job(self.name, source, [part.replace("{source}", str(source)) for part in self.command])
 
 
 def sync_tree(path: Path) -> None:
@@ -127,22 +162,43 @@ def native(source: Path, label: str, *options: str) -> Path:
     return path
 
 
-def jobs(data: Path, layers: int) -> list[Job]:
-    """The jobs in the order of a round; their inputs are made where needed."""
-    source, wide = make_source(data, layers), make_source(data, 1, GPT_OSS_20B, "gpt-oss")
-    whole, sharded = native(source, "native"), native(source, "native-sharded", "--mesh", MESH)
-    rows, columns, transposed = make_sharded(source, 0), make_sharded(source, 1), native(wide, "native")
+def cases(data: Path, layers: int, python: str) -> list[Case]:
+    """The jobs in the order of a round; `python` runs the peers and makes what trainers save."""
 
-    def ckpt(name: str, verb: str, path: Path, *options: str, cp: str = "cp") -> Job:
-        return Job(name, path, [*CKPT, verb, str(path), "{out}", "--quiet", *options], cp)
+    def source() -> Path:
+        return make_source(data, layers)
 
-    def copy(name: str, path: Path) -> Job:
-        return Job(name, path, ["cp", "-r", "--reflink=never", str(path), "{out}"], name)
+    def wide() -> Path:
+        return make_source(data, 1, GPT_OSS_20B, "gpt-oss")
 
-    def peer(name: str, tool: str, path: Path) -> Job:
-        return Job(name, path, [sys.executable, str(PEERS), tool, str(path), "{out}"])
+    def whole() -> Path:
+        return native(source(), "native")
+
+    def sharded() -> Path:
+        return native(source(), "native-sharded", "--mesh", MESH)
+
+    def rows() -> Path:
+        return make_sharded(source(), 0)
+
+    def columns() -> Path:
+        return make_sharded(source(), 1)
+
+    def saved(kind: str) -> Callable[[], Path]:
+        return lambda: make_saved(source(), kind, python)
+
+    def ckpt(name: str, verb: str, make: Callable[[], Path], *options: str, **fields: str) -> Case:
+        return Case(name, make, (*CKPT, verb, "{source}", "{out}", "--quiet", *options), **fields)
+
+    def copy(name: str, make: Callable[[], Path]) -> Case:
+        return Case(name, make, ("cp", "-r", "--reflink=never", "{source}", "{out}"), name)
+
+    def peer(name: str, tool: str, make: Callable[[], Path], ours: str) -> Case:
+        command = (python, PEERS, tool, "{source}", "{out}")
+        return Case(f"peer: {name}", make, command, needs=TOOLS[tool].module, ours=ours)
 
     safetensors = ("--format", "safetensors", "--mesh", MESH)
+    like = ("--like", str(data / f"hf-{layers}"))
+    by_rows, by_columns, fsdp = (f"consolidate {x}" for x in ("safetensors by rows", "safetensors by columns", "FSDP"))
     return [
         copy("cp", source),
         ckpt("convert", "convert", source),
@@ -150,19 +206,51 @@ def jobs(data: Path, layers: int) -> list[Job]:
         ckpt(f"convert --format safetensors --mesh {MESH}", "convert", source, *safetensors),
         ckpt("consolidate .distcp", "consolidate", whole),
         ckpt(f"consolidate .distcp of {MESH}", "consolidate", sharded),
-        ckpt("consolidate safetensors by rows", "consolidate", rows),
-        ckpt("consolidate safetensors by columns", "consolidate", columns),
-        Job("verify (digests)", whole, [*CKPT, "verify", str(whole), "--quiet"]),
+        ckpt(by_rows, "consolidate", rows),
+        ckpt(by_columns, "consolidate", columns),
+        ckpt(fsdp, "consolidate", saved("fsdp"), *like, needs="torch"),
+        ckpt("consolidate torchtitan", "consolidate", saved("torchtitan"), *like, needs="torch"),
+        Case("verify (digests)", whole, (*CKPT, "verify", "{source}", "--quiet")),
         copy("cp, GPT-OSS", wide),
         ckpt("convert GPT-OSS (transposes)", "convert", wide, cp="cp, GPT-OSS"),
-        ckpt("consolidate GPT-OSS (transposes)", "consolidate", transposed, cp="cp, GPT-OSS"),
-        peer("peer: transformers, convert", "transformers", source),
-        peer("peer: safe_open, stack, save_file, convert", "stream", source),
-        peer("peer: torch consolidation, rows", "torch_consolidate", rows),
-        peer("peer: torch consolidation, columns", "torch_consolidate", columns),
-        peer("peer: dcp_to_torch_save", "dcp_to_torch_save", sharded),
-        peer("peer: accelerate merge-weights", "accelerate", sharded),
+        ckpt("consolidate GPT-OSS (transposes)", "consolidate", lambda: native(wide(), "native"), cp="cp, GPT-OSS"),
+        peer("safe_open, stack, save_file, convert", "stream", source, "convert"),
+        peer("transformers, convert", "transformers", source, "convert"),
+        peer("NeMo AutoModel, convert", "nemo", source, "convert"),
+        peer("torchtitan, convert", "torchtitan", source, "convert"),
+        peer("torch, rows", "torch_consolidate", rows, by_rows),
+        peer("torch, columns", "torch_consolidate", columns, by_columns),
+        peer("NeMo AutoModel, rows", "nemo_consolidate", rows, by_rows),
+        peer("NeMo AutoModel, columns", "nemo_consolidate", columns, by_columns),
+        peer("transformers, rows", "transformers_consolidate", rows, by_rows),
+        peer("dcp_to_torch_save, FSDP", "dcp_to_torch_save", saved("fsdp"), fsdp),
+        peer("accelerate merge-weights, FSDP", "accelerate", saved("fsdp"), fsdp),
+        peer("axolotl merge-sharded-fsdp-weights, FSDP", "axolotl", saved("fsdp"), fsdp),
+        peer("verl model_merger, FSDP", "verl", saved("verl"), fsdp),
+        peer("torchtitan, consolidate", "torchtitan_consolidate", saved("torchtitan"), "consolidate torchtitan"),
     ]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the interpreter of the peers has, from `checkpoint_peers.py`: its version, packages, and lacking modules."""
+
+    python: str
+    packages: dict[str, str]
+    missing: dict[str, str]
+
+
+def choose(every: list[Case], wanted: re.Pattern[str], python: str) -> tuple[list[Case], Probe]:
+    """The cases whose names match and whose modules are there, with the `cp` of each; says what is left out."""
+    chosen = [case for case in every if wanted.search(case.name) and not case.name.startswith("cp")]
+    command = [python, PEERS, "--probe", *sorted({case.needs for case in chosen if case.needs})]
+    found = Probe(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
+    for case in chosen:
+        if case.needs in found.missing:
+            print(f"not installed: {case.name} ({found.missing[case.needs]})", file=sys.stderr)
+    chosen = [case for case in chosen if case.needs not in found.missing]
+    copies = {case.cp for case in chosen}
+    return [case for case in every if case in chosen or case.name in copies], found
 
 
 def main() -> None:
@@ -174,46 +262,63 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("bench-data"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--jobs", type=re.compile, default=re.compile(""), help="names of jobs to run, as a regex")
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PATH", help="interpreter that has the peers")
+    parser.add_argument("--check", action="store_true", help="compare what peers make with the repository, once")
     arguments = parser.parse_args()
     data: Path = arguments.data.absolute()
     data.mkdir(parents=True, exist_ok=True)
     prepare = (lambda _: empty_cache()) if arguments.mode == "cold" else fill_cache
     out = data / "out"
-    todo = [job for job in jobs(data, arguments.layers) if job.name.startswith("cp") or arguments.jobs.search(job.name)]
-    runs: dict[str, list[Run]] = {job.name: [] for job in todo}
+    peers: str = arguments.peers_python
+    chosen, found = choose(cases(data, arguments.layers, peers), arguments.jobs, peers)
+    todo = [(case, case.job()) for case in chosen]
+    runs: dict[str, list[Run]] = {case.name: [] for case in chosen}
     for number in range(arguments.rounds):
-        for job in todo:
+        for case, job in todo:
             run = measure(job, out, prepare)
             runs[job.name].append(run)
             print(f"round {number + 1} {job.name:50} {run.seconds:6.2f} s", file=sys.stderr, flush=True)
+            if arguments.check and case.peer and not number:
+                source = make_source(data, arguments.layers)
+                subprocess.run([peers, CHECK, str(out), str(source)], check=True)
     shutil.rmtree(out, ignore_errors=True)
-    report(runs, {job.name: job for job in todo}, arguments)
+    report(runs, dict(todo), found, arguments)
 
 
 def nbytes(source: Path) -> int:
     return sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
 
 
-def report(runs: dict[str, list[Run]], jobs: dict[str, Job], arguments: argparse.Namespace) -> None:
+def median_ratio(above: list[Run], below: list[Run]) -> float:
+    """Median over rounds of the ratio of seconds in a round."""
+    return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
+
+
+def report(runs: dict[str, list[Run]], todo: dict[Case, Job], found: Probe, arguments: argparse.Namespace) -> None:
     """Prints medians and ratios, and writes every run to the JSON file."""
     bare = bare_interpreter()
     print(f"{arguments.mode}, {arguments.rounds} rounds, {os.cpu_count()} cores")
-    print(f"{'job':50} {'s':>6} {'x cp':>6} {'CPU s':>6} {'peak MB over Python':>20}")
+    print(f"{'job':50} {'s':>6} {'x cp':>6} {'x ours':>6} {'CPU s':>6} {'peak MB over Python':>20}")
+    sources = {case.name: job.source for case, job in todo.items()}
     rows = []
-    for name, measured in runs.items():
-        ratios = [cp.seconds / run.seconds for cp, run in zip(runs[jobs[name].cp], measured, strict=True)]
+    for case in todo:
+        measured = runs[case.name]
         row = {
-            "job": name,
-            "bytes": nbytes(jobs[jobs[name].cp].source),
+            "job": case.name,
+            "bytes": nbytes(sources[case.cp]),
             "seconds": statistics.median(r.seconds for r in measured),
-            "ratio_to_cp": statistics.median(ratios),
+            "ratio_to_cp": median_ratio(runs[case.cp], measured),
             "cpu_seconds": statistics.median(r.cpu_seconds for r in measured),
             "peak_mb_over_python": max(0, max(r.peak_bytes for r in measured) - bare) / 1e6,
             "runs": [asdict(r) for r in measured],
         }
+        beside = ""
+        if case.ours in runs:
+            row |= {"ours": case.ours, "ratio_to_ours": median_ratio(measured, runs[case.ours])}
+            beside = f"{row['ratio_to_ours']:.2f}"
         rows.append(row)
         print(
-            f"{name:50} {row['seconds']:6.2f} {row['ratio_to_cp']:6.2f} {row['cpu_seconds']:6.2f} "
+            f"{case.name:50} {row['seconds']:6.2f} {row['ratio_to_cp']:6.2f} {beside:>6} {row['cpu_seconds']:6.2f} "
             f"{row['peak_mb_over_python']:20.0f}"
         )
     if arguments.json:
@@ -223,6 +328,7 @@ def report(runs: dict[str, list[Run]], jobs: dict[str, Job], arguments: argparse
             "rounds": arguments.rounds,
             "config": {**CONFIG, "num_hidden_layers": arguments.layers},
             "machine": machine,
+            "peers": {"python": found.python, "packages": found.packages, "not_installed": found.missing},
         }
         arguments.json.write_text(json.dumps({"configuration": configuration, "jobs": rows}, indent=1) + "\n")
 
