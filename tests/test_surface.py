@@ -29,6 +29,7 @@ REPORTS = (
     api.RoundtripReport,
     api.InspectReport,
     api.FamilyReport,
+    api.Diagnosis,
     api.ToolsReport,
     api.CheckpointReport,
     api.TrainingReport,

@@ -12,6 +12,7 @@ from ckpt_tools.api.checking import roundtrip, verify
 from ckpt_tools.api.copying import consolidate, convert, plan
 from ckpt_tools.api.diagnosis import (
     CheckpointReport,
+    Diagnosis,
     GpuReport,
     LayerReport,
     ModelReport,
@@ -28,6 +29,7 @@ from ckpt_tools.engine.ranks import join_ranks
 __all__ = [
     "CheckpointReport",
     "CopyReport",
+    "Diagnosis",
     "FamilyReport",
     "GpuReport",
     "InspectReport",

@@ -163,6 +163,25 @@ class ModelReport:
     next_steps: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found.
+
+    Attributes:
+        tools: what the checkpoint tools have.
+        training: what training has; None where it cannot run.
+        checkpoint: of MODEL; None where none was given.
+        model: what would run MODEL; None where nothing can, or none was given.
+        problems: why training, MODEL's weights or its training do not work.
+    """
+
+    tools: ToolsReport
+    training: TrainingReport | None
+    checkpoint: CheckpointReport | None
+    model: ModelReport | None
+    problems: tuple[Problem, ...]
+
+
 def examine_tools(path: str | Path = ".") -> ToolsReport:
     """What the checkpoint tools have on this machine, and in a directory that outputs go to; leaves nothing there.
 

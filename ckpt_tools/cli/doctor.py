@@ -9,7 +9,6 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -21,12 +20,12 @@ from ckpt_tools.cli.output import Output
 from ckpt_tools.cli.text import aligned, counted
 from ckpt_tools.cli.training_half import require_packages
 from ckpt_tools.core.errors import CkptError
-from ckpt_tools.core.packages import NEEDED, is_found
 from ckpt_tools.core.sizes import format_size
 
 if TYPE_CHECKING:
     from ckpt_tools.api.diagnosis import (
         CheckpointReport,
+        Diagnosis,
         LayerReport,
         ModelReport,
         Problem,
@@ -36,25 +35,6 @@ if TYPE_CHECKING:
     from ckpt_tools.core.packages import PackageReport
 
 EXAMPLES = ("ckpt doctor", "ckpt doctor --path /scratch", "ckpt doctor ./Qwen3-30B-A3B --json")
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Everything that was found.
-
-    Attributes:
-        tools: what the checkpoint tools have.
-        training: what training has; None where it cannot run.
-        checkpoint: of MODEL; None where none was given.
-        model: what would run MODEL; None where nothing can, or none was given.
-        problems: why training, MODEL's weights or its training do not work.
-    """
-
-    tools: ToolsReport
-    training: TrainingReport | None
-    checkpoint: CheckpointReport | None
-    model: ModelReport | None
-    problems: tuple[Problem, ...]
 
 
 def doctor(
@@ -93,7 +73,7 @@ def doctor(
         half = _training_half()
         training = half.examine_training()
         running = None if checkpoint is None else half.examine_model(checkpoint.root)
-    found = Diagnosis(tools, training, checkpoint, running, tuple(problems))
+    found = api.Diagnosis(tools, training, checkpoint, running, tuple(problems))
     out.show(found, _lines(found))
     if model is None or not problems:
         return
@@ -105,6 +85,8 @@ def doctor(
 
 def _require_tools() -> None:
     """Refuses before anything is imported that would fail with a traceback."""
+    from ckpt_tools.core.packages import NEEDED, is_found
+
     missing = [package for package in NEEDED if not is_found(package.module)]
     if missing:
         raise CkptError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from ckpt_tools.core.errors import CkptError
-from ckpt_tools.core.packages import is_found
 
 
 def require_packages() -> None:
@@ -14,6 +13,8 @@ def require_packages() -> None:
     Raises:
         CkptError: torch or transformers is not installed.
     """
+    from ckpt_tools.core.packages import is_found
+
     missing = [name for name in ("torch", "transformers") if not is_found(name)]
     if missing:
         raise CkptError(

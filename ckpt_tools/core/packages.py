@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 
 
@@ -65,6 +64,9 @@ def _version(package: Package) -> str | None:
     # The module decides: a distribution may be there whose module is not, and the other way round.
     if not is_found(package.module):
         return None
+    # It imports much that `ckpt --help` does not need.
+    from importlib import metadata
+
     try:
         return metadata.version(package.name)
     except metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ import pytest
 
 from ckpt_tools.api import GpuReport, LayerReport, ModelReport, TrainingReport
 from ckpt_tools.cli import doctor as verb
-from ckpt_tools.cli import training_half
+from ckpt_tools.core import packages
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.packages import PackageReport
 from tests.checkpoints import make_repository
@@ -48,13 +48,13 @@ class TrainingHalf(ModuleType):
 def half(monkeypatch: pytest.MonkeyPatch) -> TrainingHalf:
     module = TrainingHalf()
     monkeypatch.setitem(sys.modules, "automodel.doctor", module)
-    monkeypatch.setattr(training_half, "is_found", bool)
+    monkeypatch.setattr(packages, "is_found", bool)
     return module
 
 
 @pytest.fixture
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_half, "is_found", lambda name: name not in ("torch", "transformers"))
+    monkeypatch.setattr(packages, "is_found", lambda name: name not in ("torch", "transformers"))
 
 
 @pytest.mark.usefixtures("half")
@@ -187,6 +187,6 @@ def test_a_directory_without_a_model_is_not_found(ckpt: Run, tmp_path: Path) -> 
 
 
 def test_tools_that_lack_a_package_name_it(ckpt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "is_found", lambda name: name != "xxhash")
+    monkeypatch.setattr(packages, "is_found", lambda name: name != "xxhash")
     ran = ckpt("doctor")
     assert (ran.code, "ckpt needs xxhash, which this Python does not have" in ran.stderr) == (1, True)
