@@ -70,6 +70,7 @@ class CheckpointReport:
         family: name of its family, `identity` where there is none.
         title: of the family, else the config's `model_type`.
         format: `safetensors`, `dcp`, ...; empty where there are no weights, or they cannot be opened.
+        form: of quantised weights, such as `fp8`; empty for plain ones.
         tensors: that its family's layout has for its config, else that it holds.
         nbytes: of the weights.
         checks: what was found in order, in words.
@@ -81,6 +82,7 @@ class CheckpointReport:
     family: str
     title: str
     format: str = ""
+    form: str = ""
     tensors: int = 0
     nbytes: int = 0
     checks: tuple[str, ...] = ()
@@ -229,5 +231,11 @@ def examine_checkpoint(path: str | Path) -> CheckpointReport:
         found = verify_structure(checkpoint)
     except CkptError as error:
         return replace(report, problem=Problem.of(error))
-    store = checkpoint.store
-    return replace(report, format=store.kind, tensors=found.tensors, nbytes=store.nbytes, checks=tuple(found.done))
+    return replace(
+        report,
+        format=checkpoint.store.kind,
+        form=checkpoint.layout.form if checkpoint.is_encoded else "",
+        tensors=found.tensors,
+        nbytes=found.nbytes,
+        checks=tuple(found.done),
+    )

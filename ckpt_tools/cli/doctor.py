@@ -183,7 +183,8 @@ def _weights(checkpoint: CheckpointReport) -> Iterator[tuple[str, str]]:
     yield "model", checkpoint.path
     yield "family", f"{checkpoint.title or 'unknown'} ({names})"
     if checkpoint.format:
-        yield "weights", f"{checkpoint.format}, {format_size(checkpoint.nbytes)}"
+        form = f", {checkpoint.form}" if checkpoint.form else ""
+        yield "weights", f"{checkpoint.format}{form}, {format_size(checkpoint.nbytes)}"
     for check in checkpoint.checks:
         yield "", check
     if checkpoint.problem is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from automodel import doctor
 from automodel.backends import Backend
@@ -17,6 +18,7 @@ from automodel.doctor import examine_model, examine_training
 from automodel.kernels import packages
 from automodel.moe.peers import host_obstacle
 from ckpt_tools import convert, inspect
+from ckpt_tools.cli.app import app
 from ckpt_tools.core.errors import CkptError, UsageError
 from tests.checkpoints import make_repository
 
@@ -139,6 +141,17 @@ def test_damaged_weights_do_not_hide_what_would_run(tmp_path: Path) -> None:
     repository = make_repository(tmp_path / "model")
     next(iter(sorted(repository.glob("*.safetensors")))).write_bytes(b"\xff" * 64)
     assert examine_model(str(repository)).native
+
+
+def test_the_verb_reports_what_was_found_here(tmp_path: Path) -> None:
+    model = make_repository(tmp_path / "model")
+    ran = CliRunner().invoke(app, ["doctor", str(model), "--json"])
+    found = json.loads(ran.stdout)
+    assert (ran.exit_code, found["problems"]) == (0, [])
+    assert found["training"] == json.loads(json.dumps(asdict(examine_training())))
+    assert found["model"] == json.loads(json.dumps(asdict(examine_model(str(model)))))
+    url = CliRunner().invoke(app, ["doctor", model.as_uri()])
+    assert (url.exit_code, "models load from directories and the Hub" in url.stderr) == (2, True)
 
 
 def _edit(repository: Path, **changes: object) -> str:

@@ -17,6 +17,7 @@ from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.packages import PackageReport
 from tests.checkpoints import make_repository
 from tests.cli.conftest import Run
+from tests.quantised import make_quantised
 
 STEP = "pip install flash-attn-4"
 KERNELS = (PackageReport("flash-attn-4", None, "attention", STEP),)
@@ -177,6 +178,19 @@ def test_a_config_alone_has_no_weights_to_check(ckpt: Run, repository: Path, tmp
     assert (found["family"], found["tensors"], found["nbytes"]) == ("qwen3_moe", 56, 0)
     assert found["checks"] == ["config.json alone: there are no weights to check"]
     assert found["root"] == str(tmp_path)
+
+
+@pytest.mark.usefixtures("half")
+def test_the_form_of_quantised_weights_is_named(ckpt: Run, tmp_path: Path) -> None:
+    assert (
+        "weights  safetensors, fp8, " in ckpt("doctor", make_quantised(tmp_path / "model", "qwen3_moe", "fp8")).stdout
+    )
+
+
+def test_a_url_is_checked_where_it_is_and_handed_on_as_one(ckpt: Run, repository: Path, half: TrainingHalf) -> None:
+    ran = ckpt("doctor", repository.as_uri())
+    assert (ran.code, half.asked) == (0, [repository.as_uri()])
+    assert "structure: 56 tensors" in ran.stdout
 
 
 @pytest.mark.usefixtures("half")
