@@ -192,12 +192,14 @@ class _NeMoAutoModel:
 
     @classmethod
     def _explain_fallback(cls, config: PreTrainedConfig) -> None:
+        log_once(_logger, logging.INFO, f"loading transformers' own class: {cls._fallback_reason(config)}")
+
+    @classmethod
+    def _fallback_reason(cls, config: PreTrainedConfig) -> str:
         families = ", ".join(sorted(NATIVE_MODELS))
-        log_once(
-            _logger,
-            logging.INFO,
-            f"{config.model_type} has no native {cls.transformers_class.removeprefix('Auto')}; loading transformers' "
-            f"own class (native causal language models: {families})",
+        return (
+            f"{config.model_type} has no native {cls.transformers_class.removeprefix('Auto')} (native causal language "
+            f"models: {families})"
         )
 
 
@@ -223,6 +225,33 @@ class NeMoAutoModelForTextToWaveform(_NeMoAutoModel):
     """Text-to-audio models, by transformers' classes."""
 
     transformers_class = "AutoModelForTextToWaveform"
+
+
+def empty_model(source: str | Path, checkpoint: Checkpoint | None = None) -> tuple[PreTrainedModel, str]:
+    """The model that `NeMoAutoModelForCausalLM.from_pretrained(source)` fills, on the meta device: no weights are read.
+
+    Args:
+        source: as there; a directory with config.json alone will do.
+        checkpoint: of its weights, where there are some: they may decide the dtype and have layers of their own.
+
+    Returns:
+        the model, and why it is transformers' own class (empty where it is native).
+
+    Raises:
+        CkptError: `from_pretrained` would refuse.
+    """
+    config, location, _ = _read_config(source, None, None, False, {})
+    if location.is_native:
+        config = _unquantised(config)
+    dtype = config_dtype(config) if checkpoint is None else _dtype_of("auto", config, checkpoint)
+    model_class = NeMoAutoModelForCausalLM._native_class(config)
+    if model_class is None:
+        request = fallback.Request(NeMoAutoModelForCausalLM.transformers_class, (), "auto", None, False)
+        return fallback.empty(request, config, dtype), NeMoAutoModelForCausalLM._fallback_reason(config)
+    _refuse_unsupported(model_class, config, (), {})
+    predict_layers = 0 if checkpoint is None else count_predict_layers(checkpoint)
+    dtype = dtype or torch.get_default_dtype()
+    return _build(model_class, _unquantised(config), dtype, None, "auto", predict_layers), ""
 
 
 _NOTHING_AMISS: dict[str, list[str]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -328,6 +328,13 @@ def require_attention(name: str | None) -> None:
             f"native models have no attention implementation {name!r}",
             hint=f"pass attn_implementation={' or '.join(map(repr, ATTENTION_KERNELS))}",
         )
+
+
+class Placement(NamedTuple):
+    """Where parameters are, or would be: what kernels are chosen by."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)

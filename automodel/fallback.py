@@ -8,7 +8,6 @@ whole model on the host first, and a warning says so.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from automodel.backends import BackendReport, BackendRow
 from automodel.compat import PreTrainedConfig, config_dtype, resolve_dtype
+from automodel.kernels.packages import is_installed
 from automodel.logging import get_logger, log_once
 from automodel.models.initialize import agreed_seed
 from automodel.models.saving import add_saving, attach_source, layout_of
@@ -121,6 +122,12 @@ def from_config(
     return model
 
 
+def empty(request: Request, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The transformers model on the meta device."""
+    with torch.device("meta"), _ScalarsKeepTheirValue():
+        return request.loader.from_config(config, dtype=dtype, **request.options())
+
+
 def _load_by_parts(
     request: Request,
     location: Location,
@@ -131,8 +138,7 @@ def _load_by_parts(
 ) -> PreTrainedModel:
     dtype = config_dtype(config) if request.dtype == "auto" else resolve_dtype(request.dtype)
     try:
-        with torch.device("meta"), _ScalarsKeepTheirValue():
-            model = request.loader.from_config(config, dtype=dtype, **request.options())
+        model = empty(request, config, dtype)
         checkpoint = open_checkpoint(location.root)
         if checkpoint.is_encoded:
             # Its config makes transformers quantise the model, too.
@@ -195,7 +201,7 @@ class _ScalarsKeepTheirValue(TorchFunctionMode):
 def _report(model: PreTrainedModel) -> None:
     """Apply Liger kernels where they are installed and can run, and say what runs."""
     attention = model.config._attn_implementation
-    liger = _liger_obstacle(model)
+    liger = _liger_obstacle(model, next(model.parameters()).device)
     if liger is None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -205,11 +211,24 @@ def _report(model: PreTrainedModel) -> None:
     log_once(_logger, logging.INFO, f"{name}: attention {attention}, {kernels}")
 
 
-def _liger_obstacle(model: PreTrainedModel) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    if next(model.parameters()).device.type != "cuda":
+def backend_report(model: PreTrainedModel, device: torch.device) -> BackendReport:
+    """What would run a transformers model whose parameters are on `device`."""
+    obstacle = _liger_obstacle(model, device)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    kernels = "transformers" if obstacle else "Liger kernels"
+    return BackendReport(
+        (
+            BackendRow("attention", layers, str(model.config._attn_implementation), ""),
+            BackendRow("other layers", layers, kernels, f"no Liger kernels: {obstacle}" if obstacle else ""),
+        )
+    )
+
+
+def _liger_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:
+    if device.type != "cuda":
         return "they need CUDA"
+    if not is_installed("liger_kernel"):
+        return "liger-kernel is not installed"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     known = model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN

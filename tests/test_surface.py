@@ -18,7 +18,8 @@ import ckpt_tools
 from ckpt_tools import api
 from ckpt_tools.cli.failures import EXIT_CODES
 from ckpt_tools.cli.reference import verbs
-from ckpt_tools.engine import describe
+from ckpt_tools.core import packages
+from ckpt_tools.engine import describe, place
 
 ROOT = Path(__file__).parents[1]
 FROZEN = Path(__file__).with_name("surface.json")
@@ -28,6 +29,16 @@ REPORTS = (
     api.RoundtripReport,
     api.InspectReport,
     api.FamilyReport,
+    api.Diagnosis,
+    api.ToolsReport,
+    api.CheckpointReport,
+    api.TrainingReport,
+    api.ModelReport,
+    api.GpuReport,
+    api.LayerReport,
+    api.Problem,
+    packages.PackageReport,
+    place.Place,
     describe.TensorGroup,
     describe.Difference,
     describe.Explanation,

@@ -29,10 +29,10 @@ _FLA_DTYPES = (torch.bfloat16, torch.float16)
 
 def fla_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-linear-attention cannot run the rule on these inputs, or None when it can."""
-    if not is_installed("fla"):
-        return "flash-linear-attention is not installed"
     if device.type != "cuda":
         return "flash-linear-attention needs CUDA"
+    if not is_installed("fla"):
+        return "flash-linear-attention is not installed"
     if dtype not in _FLA_DTYPES:
         return f"flash-linear-attention does not take {str(dtype).removeprefix('torch.')}"
     return None

@@ -13,9 +13,9 @@ from automodel.kernels.packages import is_installed
 
 def causal_conv1d_obstacle(device: torch.device) -> str | None:
     """Why the causal-conv1d package cannot run here, or None when it can."""
-    if not is_installed("causal_conv1d"):
-        return "causal-conv1d is not installed"
-    return None if device.type == "cuda" else "causal-conv1d needs CUDA"
+    if device.type != "cuda":
+        return "causal-conv1d needs CUDA"
+    return None if is_installed("causal_conv1d") else "causal-conv1d is not installed"
 
 
 def short_conv(

@@ -19,6 +19,7 @@ from automodel.backends import (
     Backend,
     BackendReport,
     BackendRow,
+    Placement,
     Resolved,
     ResolvedExperts,
     require_attention,
@@ -197,9 +198,13 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             )
         return super().resize_token_embeddings(*args, **kwargs)
 
-    def backend_report(self) -> BackendReport:
-        """What runs each kind of layer of this model where its parameters are now, and why not a faster kernel."""
-        weight = self.lm_head.weight
+    def backend_report(self, device: torch.device | None = None) -> BackendReport:
+        """What runs each kind of layer of this model, and why not a faster kernel.
+
+        Args:
+            device: where its parameters would be, None for where they are now.
+        """
+        weight = Placement(device or self.lm_head.weight.device, self.lm_head.weight.dtype)
         norm = resolve_norm(self.backend, weight.device, weight.dtype)
         sdpa = resolve_sdpa(self.backend, weight.device, weight.dtype, self.spec.scored_dim)
         spans = resolve_spans(self.backend, weight.device, weight.dtype, self.spec.scored_dim)
@@ -230,7 +235,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("linear attention", delta_nets, rule.kernel, rule.reason))
             rows.insert(2, BackendRow("short convolution", delta_nets, conv.kernel, conv.reason))
         if moe := self.spec.moe:
-            resolved = self._experts_kernel(moe)
+            resolved = self._experts_kernel(moe, weight)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
             divided = [m for m in self.modules() if isinstance(m, Experts) and m.dispatcher is not None]
             if divided:
@@ -242,8 +247,8 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("mamba", scans, scan.kernel, scan.reason))
         return BackendReport(tuple(rows))
 
-    def _experts_kernel(self, moe: MoeSpec) -> ResolvedExperts:
-        weight, activation = self.lm_head.weight, moe.activation or Gated(self.spec.activation)
+    def _experts_kernel(self, moe: MoeSpec, weight: Placement) -> ResolvedExperts:
+        activation = moe.activation or Gated(self.spec.activation)
         hidden = moe.latent_size or self.spec.hidden_size
         return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation)
 

@@ -182,11 +182,26 @@ def open_peers(group: dist.ProcessGroup, device: torch.device) -> Peers | str:
     return _opened[group]
 
 
-def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
+def host_obstacle(device: torch.device) -> str | None:
+    """Why no processes on this host, one a GPU, can have peers, as far as one of them alone can tell; else None."""
+    if obstacle := _device_obstacle(device):
+        return obstacle
+    devices = range(torch.cuda.device_count())
+    if len(devices) < 2:
+        return "symmetric dispatch is between GPUs, and this host has one"
+    apart = any(not _reaches(one, other) for one in devices for other in devices if one != other)
+    return f"symmetric dispatch needs peer access between GPUs {[*devices]}" if apart else None
+
+
+def _device_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "symmetric dispatch needs CUDA"
-    if not is_installed("triton"):
-        return "symmetric dispatch needs triton, which is not installed"
+    return None if is_installed("triton") else "symmetric dispatch needs triton, which is not installed"
+
+
+def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    if obstacle := _device_obstacle(device):
+        return obstacle
     visible = torch.cuda.device_count()
     everyone = _gather((_host(), device.index, visible), group)
     hosts = {host for host, _, _ in everyone}

@@ -15,7 +15,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ckpt_tools.cli import consolidate, convert, diff, explain, families, inspect, plan, roundtrip, train, verify
+from ckpt_tools.cli import (
+    consolidate,
+    convert,
+    diff,
+    doctor,
+    explain,
+    families,
+    inspect,
+    plan,
+    roundtrip,
+    train,
+    verify,
+)
 from ckpt_tools.cli.failures import (
     BROKEN_PIPE,
     INTERNAL_ERROR,
@@ -122,6 +134,7 @@ VERBS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "diff": (diff.diff, diff.EXAMPLES),
     "explain": (explain.explain, explain.EXAMPLES),
     "families": (families.families, families.EXAMPLES),
+    "doctor": (doctor.doctor, doctor.EXAMPLES),
 }
 """Each verb's function and examples, in the order in which a newcomer meets them."""
 

@@ -1,4 +1,4 @@
-"""`ckpt train`: distributed training from one YAML file. The only verb that reaches the training half, and lazily."""
+"""`ckpt train`: distributed training from one YAML file, by the training half, which is imported when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ import typer
 
 from ckpt_tools.cli import options
 from ckpt_tools.cli.ranks import output
+from ckpt_tools.cli.training_half import require_packages
 from ckpt_tools.core.errors import CkptError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -85,12 +85,7 @@ class TrainingFailed(CkptError):
 
 def _check(config: str, overrides: Sequence[str]) -> None:
     """Refuses what is wrong before torch is imported or a process is started."""
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise CkptError(
-            f"training needs {' and '.join(missing)}, which this Python does not have",
-            hint=f"{sys.executable} -m pip install 'nemo-automodel-ckpt[train]'",
-        )
+    require_packages()
     if not os.path.isfile(config):
         raise NotFoundError(f"there is no config {config}", hint="examples/ holds some to start from")
     for override in overrides:

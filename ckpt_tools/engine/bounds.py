@@ -12,7 +12,7 @@ from pathlib import Path
 from ckpt_tools.core.errors import ResourceError
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, window_items
-from ckpt_tools.engine.files import storage_errors
+from ckpt_tools.engine.files import nearest_directory, storage_errors
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.ranges import ROOM
 from ckpt_tools.engine.staging import Staging
@@ -90,10 +90,8 @@ def shared_bytes(plan: Plan) -> int:
 
 def check_disk(destination: Path, needed: int) -> None:
     """Raises `ResourceError` when the file system of `destination` has less than `needed` bytes free."""
-    folder = destination.absolute()
+    folder = nearest_directory(destination)
     with storage_errors("look at", folder):
-        while not folder.exists():
-            folder = folder.parent
         free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(

@@ -233,6 +233,28 @@ def read_config(root: Path) -> Mapping[str, Any]:
     return read_json_object(path) if is_there(path) else {}
 
 
+def config_of(path: Path) -> Mapping[str, Any]:
+    """The config.json of the checkpoint in a directory, in whichever of its folders; empty when there is none.
+
+    Raises:
+        FormatError: it is not a JSON object, or in a folder that is a link.
+        StorageError: the operating system failed a read.
+    """
+    with storage_errors("read", path):
+        return read_config(_side_root(path, _root_of(path)))
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a checkpoint's directory has files of weights, whole or not, or an index that says which there should be.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    with storage_errors("list", path):
+        names = os.listdir(_root_of(path))
+    return any(name == ".metadata" or name.endswith((*hf.WEIGHT_SUFFIXES, ".index.json")) for name in names)
+
+
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 

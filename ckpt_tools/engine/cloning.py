@@ -20,7 +20,7 @@ from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.paths import open_input
 from ckpt_tools.core.scratch import scratch
 from ckpt_tools.engine.execute import WINDOW
-from ckpt_tools.engine.files import FileReader, FileWriter, closing, storage_errors
+from ckpt_tools.engine.files import FileReader, FileWriter, closing, nearest_directory, storage_errors
 from ckpt_tools.engine.sharing import Run, Sharing
 from ckpt_tools.formats.remote import place, remote_files
 
@@ -82,16 +82,22 @@ def shareable_block(root: Path, files: Iterable[str], folder: Path) -> int | Non
     """
     if remote_files(root) is not None:
         return None
-    folder = folder.absolute()
-    with storage_errors("look at", folder):
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
+    folder = nearest_directory(folder)
     for file in files:
         with storage_errors("open", root, file), closing(open_input(root / file, root), root / file) as source:
             block = block_size(source)
             if os.fstat(source).st_size >= block:
                 return block if _is_shared(source, folder, block) else None
     return None
+
+
+def shares_blocks(folder: Path) -> bool:
+    """Whether two new files in a folder can share a block; leaves nothing. Raises `OSError` if none can be made."""
+    with tempfile.TemporaryFile(dir=folder) as source:
+        block = block_size(source.fileno())
+        source.write(bytes(block))
+        source.flush()
+        return _is_shared(source.fileno(), folder, block)
 
 
 def _is_shared(source: int, folder: Path, block: int) -> bool:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -109,6 +110,15 @@ def write_file(path: Path, data: bytes) -> None:
         pwrite_all(fd, data, 0)
     finally:
         os.close(fd)
+
+
+def nearest_directory(path: Path) -> Path:
+    """The absolute path of a directory, or of the nearest one above it that exists; raises `StorageError`."""
+    folder = path.absolute()
+    with storage_errors("look at", folder):
+        while not folder.is_dir() and folder != folder.parent:
+            folder = folder.parent
+    return folder
 
 
 def sync_directory(path: Path) -> None:
@@ -344,14 +354,10 @@ class FileWriter:
         if self._behind and len(data) >= BEHIND:
             if head := -position % PAGE:
                 return os.pwrite(fd, data[:head], position)
-            try:
-                return os.pwritev(fd, [data[: len(data) // PAGE * PAGE]], position, _DONTCACHE)
-            except NotImplementedError:  # a C library without pwritev2
-                self._behind = False
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                self._behind = False
+            written = _write_behind(fd, data[: len(data) // PAGE * PAGE], position)
+            if written is not None:
+                return written
+            self._behind = False
         return os.pwrite(fd, data, position)
 
     def sync(self) -> None:
@@ -382,6 +388,24 @@ class FileWriter:
                     found = os.open(self._root / file, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
                     self._open[file] = found
         return found
+
+
+def _write_behind(fd: int, pages: memoryview, position: int) -> int | None:
+    """Bytes that one call wrote and that are on their way to the disk; None where this system has no such call."""
+    try:
+        return os.pwritev(fd, [pages], position, _DONTCACHE)
+    except NotImplementedError:  # a C library without pwritev2
+        return None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
+
+
+def writes_behind(folder: Path) -> bool:
+    """Whether files in a folder can be written behind; leaves nothing there. Raises `OSError` if none can be made."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return WRITE_BEHIND and _write_behind(file.fileno(), memoryview(bytes(PAGE)), 0) is not None
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -41,6 +41,7 @@ def imported(*arguments: str) -> list[str]:
         ["--version"],
         ["convert", "--help"],
         ["train", "--help"],
+        ["doctor", "--help"],
         ["families"],
         ["inspect", "{repository}"],
         ["inspect", "{native}"],

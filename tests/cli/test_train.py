@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from ckpt_tools.cli import train as verb
+from ckpt_tools.core import packages
 from ckpt_tools.core.errors import UsageError
 from tests.cli.conftest import Run
 
@@ -55,7 +55,7 @@ def config(tmp_path: Path) -> Path:
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Training:
     module = Training(tmp_path)
     monkeypatch.setitem(sys.modules, "automodel.training", module)
-    monkeypatch.setattr(verb, "find_spec", lambda name: name)
+    monkeypatch.setattr(packages, "is_found", bool)
     return module
 
 
@@ -118,7 +118,7 @@ def test_the_exit_code_of_torchrun_is_passed_on(
 def test_missing_packages_are_named_with_the_command_that_installs_them(
     ckpt: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "find_spec", lambda name: None if name == "transformers" else name)
+    monkeypatch.setattr(packages, "is_found", lambda name: name != "transformers")
     ran = ckpt("train", config)
     assert ran.code == 1
     assert "training needs transformers, which this Python does not have" in ran.stderr
