@@ -174,7 +174,7 @@ class _UnderWay:
     def __init__(self, directory: Path, work: Callable[[], None]) -> None:
         self.directory = directory
         self.error: BaseException | None = None
-        # An interrupted `Thread.join` takes the thread for ended (CPython issue 90882, until 3.13).
+        # An interrupted `Thread.join` takes the thread for ended (CPython issue 90882).
         self.ended = threading.Event()
         threading.Thread(target=self._run, args=(work,), name=f"saving {directory.name}", daemon=True).start()
 

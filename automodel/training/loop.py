@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, partial
@@ -25,7 +26,7 @@ from automodel.training.config import TrainingConfig, load_config
 from automodel.training.data import PackedData, SampleOrder, open_tokens, tokenized
 from automodel.training.export import export_model
 from automodel.training.metrics import MetricsFile, Report, StepMetrics, max_memory_bytes, write_report
-from automodel.training.model import Source, build_model, held_side, mixed_precision, open_source
+from automodel.training.model import Source, build_model, files_kept, held_side, mixed_precision, open_source
 from automodel.training.optimizer import build_optimizer
 from automodel.training.processes import is_first, process_group, terminal_log
 from automodel.training.schedule import lr_ratio
@@ -74,6 +75,12 @@ class Run:
             if is_first():
                 config.output_dir.mkdir(parents=True, exist_ok=True)
             source = open_source(resume or config.model.source, None if resume else config.model.revision)
+        # What a resumed run began from may be deleted while it goes on, as one checkpoint too many.
+        with nullcontext(source) if resume is None else files_kept(source) as kept:
+            return self._train(kept, resume, mesh, order)
+
+    def _train(self, source: Source, resume: Path | None, mesh: ParallelMesh, order: SampleOrder) -> Report:
+        config = self.config
         data, fingerprint = self._data(source)
         order = replace(order, samples=len(data))
         torch.manual_seed(config.seed)

@@ -47,6 +47,7 @@ def a_state(value: float = 1.0) -> dict[str, torch.Tensor]:
         "transposed": sharded(torch.arange(12.0).reshape(4, 3).T.add(value), 6),
         "plain": torch.full((41,), value, dtype=torch.float64),
         "step": torch.tensor(value),
+        "empty": torch.empty(0, 4),
         f"rng.{rank}": torch.arange(5000, dtype=torch.int64).to(torch.uint8),
     }
 
