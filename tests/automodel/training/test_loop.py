@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,29 +157,37 @@ def test_saving_beside_training_changes_neither_losses_nor_checkpoints(repositor
         assert [name for name, data in expected.items() if found[name] != data] == []
 
 
-def test_a_save_that_fails_beside_training_ends_the_run_on_every_rank_with_one_error(repository, tmp_path):
-    def no_space_after_step_2(config):
+def test_a_save_that_fails_beside_training_ends_the_run_on_every_rank_after_the_same_step(repository, tmp_path):
+    def one_rank_has_no_space(config):
+        from automodel.training import loop
         from ckpt_tools.engine import files
 
-        real = os.pwrite
+        def pwrite(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def pwrite(fd, data, position):
-            if torch.distributed.get_rank() == 1 and (tmp_path / "out" / "step-000002").exists():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(fd, data, position)
+        real = loop._Loop._step
 
-        files.os.pwrite = pwrite
+        def slow_after_the_save(self, step, **options):
+            if step == 3:
+                time.sleep(1)
+            return real(self, step, **options)
+
+        loop._Loop._step = slow_after_the_save
+        if torch.distributed.get_rank() == 1:
+            files.os.pwrite = pwrite
         try:
             run(config)
         except StorageError as error:
             return error.message
 
-    config = write_config(tmp_path, repository, steps=300, checkpoint={"every": 2, "async_save": "on"})
-    told = run_ranks(2, no_space_after_step_2, config)
+    config = write_config(tmp_path, repository, checkpoint={"every": 3, "async_save": "on"})
+    told = run_ranks(2, one_rank_has_no_space, config)
     assert told[0] == told[1]
-    assert "step-000004 failed on rank 1: cannot write" in told[0]
+    assert "step-000003 failed on rank 1: cannot write" in told[0]
     assert "No space left on device" in told[0]
-    assert [path.name for path in (tmp_path / "out").glob("*step*")] == ["step-000002"]
+    # The save after step 3 fails during step 4, and all hear of it in step 5.
+    assert len(losses(tmp_path)) == 5
+    assert list((tmp_path / "out").glob("*step*")) == []
 
 
 def run_terminated(config: Path, rank: int) -> str:
