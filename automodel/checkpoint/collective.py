@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,9 +21,11 @@ def dcp_call(doing: str) -> Iterator[bool]:
     """
     alone = not dist.is_initialized()
     try:
-        with warnings.catch_warnings():
-            # One process without a group is a supported way to run, and is asked for by `no_dist`.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        # The filters belong to all threads, so that a save in the background leaves them alone.
+        with warnings.catch_warnings() if alone else nullcontext():
+            if alone:
+                # One process without a group is a supported way to run, and is asked for by `no_dist`.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             yield alone
     except CheckpointException as failed:
         rank, (error, _) = next(iter(failed.failures.items()))

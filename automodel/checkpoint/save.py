@@ -7,7 +7,9 @@ first rank add config and tokenizer (`hf/`) and the manifest, and rename it. An 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,22 @@ from ckpt_tools.layouts.layout import Side
 from ckpt_tools.version import TOOL
 
 
+@dataclass(frozen=True)
+class Background:
+    """What a save needs in order to run in a thread beside training.
+
+    Attributes:
+        copies: by name, what this process holds of each tensor of the state; it is written in place of the state's own
+            elements, which training goes on to change.
+        group: of all processes, for this save alone; None where there is no process group.
+        abandoned: set, it ends the save with an error.
+    """
+
+    copies: Mapping[str, torch.Tensor]
+    group: dist.ProcessGroup | None
+    abandoned: Event
+
+
 def save_checkpoint(
     directory: Path,
     state: Mapping[str, torch.Tensor],
@@ -35,6 +53,7 @@ def save_checkpoint(
     source: Mapping[str, str],
     keep_last: int | None = None,
     threads: int = 4,
+    background: Background | None = None,
 ) -> None:
     """Write `state` as the checkpoint `directory`, which all ranks share. All ranks call it together.
 
@@ -47,25 +66,28 @@ def save_checkpoint(
         source: where the model came from, for the manifest.
         keep_last: delete all but the newest so many checkpoints beside `directory`; None keeps all.
         threads: writer threads of each rank.
+        background: None where training waits for the save.
 
     Raises:
         StorageError: a rank could not write; nothing is left behind, and an older checkpoint is as it was.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    with raise_together("finding the checkpoint directory"):
+    group = None if background is None else background.group
+    with raise_together("finding the checkpoint directory", group):
         staging = Staging(directory, overwrite=True)
     entered = False
     try:
-        with raise_together("preparing the checkpoint directory"):
+        with raise_together("preparing the checkpoint directory", group):
             if first:
                 staging.__enter__()
                 entered = True
                 # What a killed save left here is of no use: its tensors are gone.
                 staging.restart()
-        writer = AlignedWriter(staging.path, threads=threads)
+        writer = AlignedWriter(staging.path, threads=threads, abandoned=background and background.abandoned)
+        planner = TensorPlanner(background and background.copies)
         with dcp_call(f"saving {directory}") as no_dist:
-            dcp.save(dict(state), storage_writer=writer, planner=TensorPlanner(), no_dist=no_dist)
-        with raise_together("completing the checkpoint"):
+            dcp.save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=no_dist)
+        with raise_together("completing the checkpoint", group):
             if first:
                 manifest = Manifest(family, LAYOUT_VERSION, side, TOOL, source=dict(source), blobs=writer.blobs)
                 for name, data in side_files.items():

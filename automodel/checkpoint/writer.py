@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import BytesIO
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from torch.futures import Future
 
 from automodel.parallel.local import host_bytes
 from ckpt_tools.core.dtypes import BY_TORCH_NAME
-from ckpt_tools.core.errors import UsageError
+from ckpt_tools.core.errors import CkptError, UsageError
 from ckpt_tools.engine.files import FileWriter, storage_errors
 from ckpt_tools.formats.dcp.blob import Frame, frame
 
@@ -51,14 +54,16 @@ class AlignedWriter(StorageWriter):
     Args:
         directory: shared by all ranks.
         threads: that copy tensors from the device, digest and write them.
+        abandoned: set, it ends the writing with an error.
 
     Attributes:
         blobs: on the coordinator, after the save: [position, length, digest] of every tensor by file.
     """
 
-    def __init__(self, directory: Path, *, threads: int = 4) -> None:
+    def __init__(self, directory: Path, *, threads: int = 4, abandoned: Event | None = None) -> None:
         self.directory = directory
         self.threads = threads
+        self.abandoned = abandoned or Event()
         self.blobs: Blobs = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -79,6 +84,7 @@ class AlignedWriter(StorageWriter):
 
         Raises:
             StorageError: the operating system refused a write, or the disk is full.
+            CkptError: the save was abandoned.
         """
         file: str = plan.storage_data
         frames: list[tuple[WriteItem, int, Frame]] = []
@@ -91,12 +97,38 @@ class AlignedWriter(StorageWriter):
         if frames:
             with FileWriter(self.directory) as writer, ThreadPoolExecutor(self.threads) as pool:
                 writer.create(file, end)
-                pending = [pool.submit(_write, writer, file, planner, *entry) for entry in frames]
+                pending = [pool.submit(self._write, writer, file, planner, *entry) for entry in frames]
                 results = [task.result() for task in pending]
                 writer.sync()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    @torch.no_grad()
+    def _write(
+        self, writer: FileWriter, file: str, planner: SavePlanner, item: WriteItem, start: int, framed: Frame
+    ) -> BlobResult:
+        tensor = planner.resolve_data(item).detach()
+        flat = tensor.contiguous().reshape(-1)
+        digest = xxhash.xxh3_128()
+        position = framed.data_position
+        writer.write(file, start, memoryview(framed.prefix))
+        for piece in flat.split(PIECE_BYTES // flat.element_size()):
+            if self.abandoned.is_set():
+                raise CkptError("the save was abandoned")
+            data = host_bytes(piece.cpu())
+            digest.update(data)
+            writer.write(file, position, data)
+            position += len(data)
+        writer.write(file, position, memoryview(framed.suffix))
+        return BlobResult(
+            index=item.index,
+            size_in_bytes=framed.end - start,
+            storage_data=_StorageInfo(file, start, framed.end - start),
+            position=framed.data_position,
+            nbytes=flat.nbytes,
+            digest=digest.hexdigest(),
+        )
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write `.metadata`, on the coordinator, after every rank has synced its file."""
@@ -122,16 +154,27 @@ class AlignedWriter(StorageWriter):
 
 
 class TensorPlanner(DefaultSavePlanner):
-    """DCP's planner for a flat dictionary of tensors; a rank's empty part of a sharded tensor is not written."""
+    """DCP's planner for a flat dictionary of tensors; a rank's empty part of a sharded tensor is not written.
 
-    def __init__(self) -> None:
+    Args:
+        copies: by name, what is written in place of this rank's elements; None writes these.
+    """
+
+    def __init__(self, copies: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=False)
+        self._copies = copies
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
         kept = [item for item in plan.items if not _is_empty_part(item)]
         self.plan = replace(plan, items=kept)
         return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | BytesIO:
+        if self._copies is not None:
+            # Of a tensor, sharded or not, a rank has one part.
+            return self._copies[write_item.index.fqn]
+        return super().resolve_data(write_item)
 
 
 def _is_empty_part(item: WriteItem) -> bool:
@@ -145,28 +188,3 @@ def _frame_of(item: WriteItem, position: int) -> Frame:
         )
     dtype = str(item.tensor_data.properties.dtype).removeprefix("torch.")
     return frame(BY_TORCH_NAME[dtype], item.tensor_data.chunk.sizes, position)
-
-
-@torch.no_grad()
-def _write(
-    writer: FileWriter, file: str, planner: SavePlanner, item: WriteItem, start: int, framed: Frame
-) -> BlobResult:
-    tensor = planner.resolve_data(item).detach()
-    flat = tensor.contiguous().reshape(-1)
-    digest = xxhash.xxh3_128()
-    position = framed.data_position
-    writer.write(file, start, memoryview(framed.prefix))
-    for piece in flat.split(PIECE_BYTES // flat.element_size()):
-        data = host_bytes(piece.cpu())
-        digest.update(data)
-        writer.write(file, position, data)
-        position += len(data)
-    writer.write(file, position, memoryview(framed.suffix))
-    return BlobResult(
-        index=item.index,
-        size_in_bytes=framed.end - start,
-        storage_data=_StorageInfo(file, start, framed.end - start),
-        position=framed.data_position,
-        nbytes=flat.nbytes,
-        digest=digest.hexdigest(),
-    )

@@ -11,7 +11,7 @@ from ckpt_tools.core.errors import CkptError
 
 
 @contextmanager
-def raise_together(doing: str) -> Iterator[None]:
+def raise_together(doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """All processes run the block, then agree: if any failed, every one raises.
 
     The block must not contain collectives that a failure in it would leave others waiting in. Without a process group
@@ -19,6 +19,7 @@ def raise_together(doing: str) -> Iterator[None]:
 
     Args:
         doing: what the block does, for the message, for example `loading the parameters`.
+        group: of all processes, to agree in; None is the default one.
 
     Raises:
         the block's own error on the processes where it failed, `CkptError` naming those processes on the others.
@@ -32,7 +33,7 @@ def raise_together(doing: str) -> Iterator[None]:
     except Exception as caught:  # whatever it is, the other processes have to hear of it first
         error = caught
     reports: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
         raise error
     failed = {rank: report for rank, report in enumerate(reports) if report is not None}

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from automodel.checkpoint import AsyncSave
 from automodel.parallel.mesh import MeshConfig
 from automodel.training.optimizer import OptimizerConfig
 from automodel.training.schedule import ScheduleConfig
@@ -82,6 +83,8 @@ class CheckpointConfig:
         every: steps between saves; 0 saves only at the end.
         at_end: save after the last step.
         keep_last: older checkpoints are deleted; null keeps all.
+        async_save: `auto` lets training go on on CUDA while a checkpoint is written from copies in host memory, `on` on
+            the CPU too; `off` waits, as a run does at its end and where there is not enough host memory.
         resume: `auto` goes on from the newest checkpoint in the output directory if there is one; `none` starts anew
             and refuses a directory that has checkpoints; anything else is the path of a checkpoint.
     """
@@ -89,6 +92,7 @@ class CheckpointConfig:
     every: int = 0
     at_end: bool = True
     keep_last: int | None = None
+    async_save: AsyncSave = "auto"
     resume: str = "auto"
 
 
@@ -189,6 +193,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                 continue
         return _convert(choices[-1], value, where)
     if origin is Literal:
+        if isinstance(value, bool):
+            # YAML 1.1 reads on and off, without quotes, as these.
+            value = "on" if value else "off"
         if value not in arguments:
             close = nearest(str(value), map(str, arguments))
             hint = f"did you mean {close}?" if close else None

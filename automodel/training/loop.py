@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from automodel.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint, step_directory
+from automodel.checkpoint import Saver, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint, step_directory
 from automodel.checkpoint.directory import checkpoints
-from automodel.checkpoint.state import model_state, optimizer_state, rng_state
+from automodel.checkpoint.state import TRAIN_STATE_JSON, model_state, optimizer_state, rng_state
 from automodel.logging import get_logger
 from automodel.parallel.agree import raise_together
 from automodel.parallel.mesh import AXES, ParallelMesh, data_parallel
@@ -23,13 +26,14 @@ from automodel.training.config import TrainingConfig, load_config
 from automodel.training.data import PackedData, SampleOrder, open_tokens, tokenized
 from automodel.training.export import export_model
 from automodel.training.metrics import MetricsFile, Report, StepMetrics, max_memory_bytes, write_report
-from automodel.training.model import Source, build_model, held_side, mixed_precision, open_source
+from automodel.training.model import Source, build_model, files_kept, held_side, mixed_precision, open_source
 from automodel.training.optimizer import build_optimizer
 from automodel.training.processes import is_first, process_group, terminal_log
 from automodel.training.schedule import lr_ratio
 from automodel.training.step import StepResult, step_graph, train_step
 from automodel.training.step_graph import StepGraph
-from ckpt_tools.core.errors import OutputExistsError, UsageError
+from automodel.training.termination import Termination
+from ckpt_tools.core.errors import OutputExistsError, TerminatedError, UsageError
 
 _logger = get_logger(__name__)
 
@@ -71,6 +75,12 @@ class Run:
             if is_first():
                 config.output_dir.mkdir(parents=True, exist_ok=True)
             source = open_source(resume or config.model.source, None if resume else config.model.revision)
+        # What a resumed run began from may be deleted while it goes on, as one checkpoint too many.
+        with nullcontext(source) if resume is None else files_kept(source) as kept:
+            return self._train(kept, resume, mesh, order)
+
+    def _train(self, source: Source, resume: Path | None, mesh: ParallelMesh, order: SampleOrder) -> Report:
+        config = self.config
         data, fingerprint = self._data(source)
         order = replace(order, samples=len(data))
         torch.manual_seed(config.seed)
@@ -131,6 +141,24 @@ def _seed_process(seed: int, rank: int, step: int) -> None:
 
 
 @dataclass
+class _Progress:
+    """Where a run stands, and what this process has seen of it."""
+
+    state: TrainState
+    first_step: int
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    saved: Path | None = None
+
+    def add(self, result: StepResult, seconds: float) -> TrainState:
+        """Counts a step; where training stands after it."""
+        self.state = replace(self.state, step=self.state.step + 1, tokens=self.state.tokens + result.tokens)
+        self.losses.append(result.loss)
+        self.seconds += seconds
+        return self.state
+
+
+@dataclass
 class _Loop:
     """The steps of a run that is set up."""
 
@@ -154,35 +182,56 @@ class _Loop:
         config = self.setup.config
         if state.step > config.steps:
             raise UsageError(f"the checkpoint is at step {state.step}, beyond steps={config.steps}")
-        metrics = MetricsFile(config.output_dir / "metrics.jsonl", state.step) if is_first() else None
-        self.model.train()
-        first_step, losses = state.step + 1, []
-        saved: Path | None = None
-        elapsed = 0.0
-        while state.step < config.steps:
-            started = time.perf_counter()
-            lr = self._set_lr(state.step)
-            result = self._step(state.step)
-            state = replace(state, step=state.step + 1, tokens=state.tokens + result.tokens)
-            seconds = time.perf_counter() - started
-            elapsed += seconds
-            losses.append(result.loss)
-            if metrics is not None:
-                measured = self._measured(state.step, result, lr, seconds)
-                metrics.append(measured)
-                _logger.info("%s", measured.line(config.steps))
-            every, last = config.checkpoint.every, state.step == config.steps
-            if (every and state.step % every == 0) or (last and config.checkpoint.at_end):
-                saved = self._save(state)
+        progress = _Progress(state, first_step=state.step + 1)
+        timeout = timedelta(minutes=config.timeout_minutes)
+        with Termination() as termination, Saver(config.checkpoint.async_save, self.setup.device, timeout) as saver:
+            if self._saves_before_the_end(state.step):
+                saver.reserve(self._tensors(state))
+            self._take_steps(progress, saver, termination)
         self._export()
-        report = self._report(state, first_step, losses, elapsed, saved)
+        report = self._report(progress)
         if is_first():
             write_report(config.output_dir / "report.json", report)
             for line in report.lines():
                 _logger.info("%s", line)
         return report
 
-    def _step(self, step: int) -> StepResult:
+    def _saves_before_the_end(self, step: int) -> bool:
+        """Whether there will be steps after a save; nothing is gained by saving beside training otherwise."""
+        every = self.setup.config.checkpoint.every
+        return every > 0 and step // every < (self.setup.config.steps - 1) // every
+
+    def _take_steps(self, progress: _Progress, saver: Saver, termination: Termination) -> None:
+        config = self.setup.config
+        metrics = MetricsFile(config.output_dir / "metrics.jsonl", progress.state.step) if is_first() else None
+        self.model.train()
+        while progress.state.step < config.steps:
+            started = time.perf_counter()
+            lr = self._set_lr(progress.state.step)
+            result = self._step(progress.state.step, stop=termination.requested or saver.has_failed)
+            seconds = time.perf_counter() - started
+            state = progress.add(result, seconds)
+            if metrics is not None:
+                measured = self._measured(state.step, result, lr, seconds)
+                metrics.append(measured)
+                _logger.info("%s", measured.line(config.steps))
+            if result.stop:
+                self._stop(state, saver)
+            every, last = config.checkpoint.every, state.step == config.steps
+            if (every and state.step % every == 0) or (last and config.checkpoint.at_end):
+                progress.saved = self._save(state, saver, wait=last)
+
+    def _stop(self, state: TrainState, saver: Saver) -> NoReturn:
+        """Ends the run because a process asked all to: its save has failed, or SIGTERM came to it."""
+        saver.wait()
+        config = self.setup.config.checkpoint
+        saved = self._save(state, saver, wait=True) if config.every or config.at_end else None
+        raise TerminatedError(
+            f"ended by SIGTERM after step {state.step}",
+            hint=f"the same command again resumes from {saved}" if saved else None,
+        )
+
+    def _step(self, step: int, *, stop: bool) -> StepResult:
         config = self.setup.config
         rank, size = data_parallel(self.mesh.root)
         samples = self.order.micro_batches(step, rank, size, config.micro_batch_size)
@@ -194,6 +243,7 @@ class _Loop:
             max_grad_norm=config.max_grad_norm,
             sync_last=config.sync_gradients == "last",
             graph=self.graph,
+            stop=stop,
         )
 
     def _set_lr(self, step: int) -> float:
@@ -216,16 +266,20 @@ class _Loop:
             max_memory_bytes=max_memory_bytes(),
         )
 
-    def _save(self, state: TrainState) -> Path:
-        config = self.setup.config
-        path = step_directory(config.output_dir, state.step)
-        tensors = {
+    def _tensors(self, state: TrainState) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds."""
+        return {
             **model_state(self.model),
             **optimizer_state(self.model, self.optimizer),
             **rng_state(),
-            "train_state.json": state.encode(),
+            TRAIN_STATE_JSON: state.encode(),
         }
-        save_checkpoint(
+
+    def _save(self, state: TrainState, saver: Saver, *, wait: bool) -> Path:
+        config = self.setup.config
+        path, tensors = step_directory(config.output_dir, state.step), self._tensors(state)
+        write = partial(
+            save_checkpoint,
             path,
             tensors,
             family=self.source.family,
@@ -234,8 +288,7 @@ class _Loop:
             source={**self.source.origin, "step": str(state.step)},
             keep_last=config.checkpoint.keep_last,
         )
-        if is_first():
-            _logger.info("saved %s", path)
+        saver.save(path, tensors, write, wait=wait)
         return path
 
     def _export(self) -> None:
@@ -243,20 +296,18 @@ class _Loop:
         if export is not None:
             export_model(self.model, self.source, export)
 
-    def _report(
-        self, state: TrainState, first_step: int, losses: list[float], seconds: float, saved: Path | None
-    ) -> Report:
-        config = self.setup.config
+    def _report(self, progress: _Progress) -> Report:
+        config, losses, seconds = self.setup.config, progress.losses, progress.seconds
         inputs = len(losses) * self.order.global_batch_size * self.data.seq_len
         return Report(
-            first_step=first_step,
-            steps=state.step,
+            first_step=progress.first_step,
+            steps=progress.state.step,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
-            tokens=state.tokens,
+            tokens=progress.state.tokens,
             seconds=seconds,
             tokens_per_second=inputs / seconds if seconds else 0.0,
-            checkpoint=str(saved) if saved else None,
+            checkpoint=str(progress.saved) if progress.saved else None,
             export_dir=str(config.export_dir) if config.export_dir else None,
             model_class=type(self.model).__name__.removeprefix("FSDP"),
             mesh={axis: self.mesh.size(axis) for axis in AXES},

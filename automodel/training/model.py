@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import xxhash
@@ -76,6 +79,17 @@ def open_source(source: str | Path, revision: str | None) -> Source:
     if manifest is not None and manifest.source:
         origin = manifest.source
     return Source(location.root, location.side_root, family.name if family else "identity", origin)
+
+
+@contextmanager
+def files_kept(source: Source) -> Iterator[Source]:
+    """The source with its side files in a temporary directory, where they stay whatever becomes of the source."""
+    with TemporaryDirectory(prefix="ckpt-train-") as folder:
+        for name, data in source.side_files().items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        yield replace(source, side_root=Path(folder))
 
 
 def build_model(

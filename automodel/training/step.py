@@ -35,11 +35,13 @@ class StepResult:
         loss: mean over the target tokens of the global batch, before the update.
         grad_norm: before clipping.
         tokens: target tokens of the global batch.
+        stop: a process asked to stop after this step.
     """
 
     loss: float
     grad_norm: float
     tokens: int
+    stop: bool = False
 
 
 def train_step(
@@ -51,6 +53,7 @@ def train_step(
     max_grad_norm: float | None,
     sync_last: bool = False,
     graph: StepGraph | None = None,
+    stop: bool = False,
 ) -> StepResult:
     """Forward and backward over this process's micro-batches, clip, update.
 
@@ -62,13 +65,15 @@ def train_step(
         max_grad_norm: None does not clip.
         sync_last: reduce gradients only in the last micro-batch; see `TrainingConfig.sync_gradients`.
         graph: of `step_graph`, kept from step to step; None launches kernels one by one.
+        stop: this process asks all to stop after this step.
 
     Raises:
         CkptError: the gradient norm is not finite; nothing was updated.
     """
     device = batches[0].input_ids.device
     processes = mesh.world_size if mesh is not None else 1
-    tokens = _sum_over(mesh, torch.tensor(sum(batch.target_tokens for batch in batches), device=device))
+    counts = torch.tensor([sum(batch.target_tokens for batch in batches), int(stop)], device=device)
+    tokens, stops = _sum_over(mesh, counts)
     share = (tokens / processes).float()
     total = torch.zeros((), device=device, dtype=torch.float64)
     for number, batch in enumerate(batches):
@@ -79,8 +84,8 @@ def train_step(
             total += graph.backward(batch, share)
     norm = global_grad_norm(model, mesh)
     # The only wait for the device in a step.
-    measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double()]).tolist()
-    result = StepResult(measured[0], measured[1], int(measured[2]))
+    measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double(), stops.double()]).tolist()
+    result = StepResult(measured[0], measured[1], int(measured[2]), measured[3] > 0)
     _check(result)
     if max_grad_norm is not None and result.grad_norm > max_grad_norm:
         factor = clip_factor(norm, max_grad_norm)

@@ -32,7 +32,6 @@ from ckpt_tools.cli.failures import (
     BROKEN_PIPE,
     INTERNAL_ERROR,
     Interrupted,
-    Terminated,
     TerminationSignal,
     failure,
     sigterm_interrupts,
@@ -41,6 +40,7 @@ from ckpt_tools.cli.failures import (
 )
 from ckpt_tools.cli.output import Output
 from ckpt_tools.cli.ranks import is_bystander, output
+from ckpt_tools.core.errors import TerminatedError
 from ckpt_tools.version import __version__
 
 _GOES_ON = "the same command again goes on where this one stopped"
@@ -74,7 +74,7 @@ class Application(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            # Training's processes, this one or those of torchrun, are ended by SIGTERM as ever.
+            # Training saves first, and says itself how it ended.
             with nullcontext() if ctx.invoked_subcommand == "train" else sigterm_interrupts():
                 result = super().invoke(ctx)
             sys.stdout.flush()
@@ -82,7 +82,7 @@ class Application(TyperGroup):
         except KeyboardInterrupt as signalled:
             hint = RESUMING.get(ctx.invoked_subcommand)
             if isinstance(signalled, TerminationSignal):
-                raise Terminated("ended by SIGTERM", hint=hint) from None
+                raise TerminatedError("ended by SIGTERM", hint=hint) from None
             raise Interrupted("interrupted", hint=hint) from None
         except BrokenPipeError:
             # What is left in the buffer has no reader; without this the interpreter would complain at its exit.

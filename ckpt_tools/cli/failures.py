@@ -14,18 +14,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from ckpt_tools.core import errors
-from ckpt_tools.core.errors import CkptError, StorageError, UsageError
+from ckpt_tools.core.errors import CkptError, StorageError, TerminatedError, UsageError
 from ckpt_tools.core.names import nearest
 
 INTERNAL_ERROR = 70
 BROKEN_PIPE = 141
 INTERRUPTED = 130
-TERMINATED = 143
 EXIT_CODES = {
     **errors.EXIT_CODES,
     INTERNAL_ERROR: "a defect of this tool; the traceback is on stderr",
     BROKEN_PIPE: "the reader of stdout went away",
-    TERMINATED: "ended by SIGTERM; a rerun resumes",
+    TerminatedError.exit_code: "ended by SIGTERM; a rerun resumes",
 }
 
 
@@ -33,12 +32,6 @@ class Interrupted(CkptError):
     """The user pressed Ctrl-C."""
 
     exit_code = INTERRUPTED
-
-
-class Terminated(CkptError):
-    """SIGTERM came: a scheduler takes the machine back."""
-
-    exit_code = TERMINATED
 
 
 class TerminationSignal(KeyboardInterrupt):

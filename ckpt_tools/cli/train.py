@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_tools.cli import options
+from ckpt_tools.cli.failures import TerminationSignal, sigterm_interrupts
 from ckpt_tools.cli.ranks import output
 from ckpt_tools.cli.training_half import require_packages
 from ckpt_tools.core.errors import CkptError, NotFoundError, UsageError
@@ -111,13 +112,16 @@ def _train_under_torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "ckpt_tools", "train", config]
     command += [text for override in overrides for text in ("--set", override)]
-    child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        # The terminal has sent Ctrl-C to torchrun too, which ends its processes first.
-        child.wait()
-        raise
+    with sigterm_interrupts():
+        child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt as signalled:
+            if isinstance(signalled, TerminationSignal):
+                child.terminate()
+            # The terminal has sent Ctrl-C to torchrun too. It passes a signal on, and ends after its processes.
+            child.wait()
+            raise
     if code:
         raise TrainingFailed(code if code > 0 else 128 - code)
     return _written_report(config, overrides) if report else {}

@@ -91,6 +91,12 @@ class RankError(CkptError):
     exit_code = 12
 
 
+class TerminatedError(CkptError):
+    """SIGTERM came: a scheduler takes the machine back."""
+
+    exit_code = 143
+
+
 EXIT_CODES: dict[int, str] = {
     0: "success",
     **{

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_the_exit_code_of_torchrun_is_passed_on(
     ran = ckpt("train", config, "--nproc-per-node", 2)
     assert ran.code == code
     assert f"error: training ended with exit code {code}\n" in ran.stderr
+
+
+TERMINATED = """
+import sys
+from ckpt_tools.cli import main, train
+train.find_spec = lambda name: name
+sys.executable, config = sys.argv[1:]
+sys.argv = ["ckpt", "train", config, "--nproc-per-node", "2"]
+main()
+"""
+
+
+def test_sigterm_is_passed_on_to_torchrun_whose_processes_save_first(config: Path, torchrun: Path) -> None:
+    ending = f"trap 'sleep 0.2; echo saved > {torchrun}/saved; exit 1' TERM\nkill -TERM $PPID\nsleep 20 & wait"
+    (torchrun / "ending").write_text(ending)
+    python, script = os.path.realpath(f"/proc/{os.getpid()}/exe"), str(torchrun / "python")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [python, "-c", TERMINATED, script, str(config)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (torchrun / "saved").read_text() == "saved\n"
+    assert ran.returncode == 128 + signal.SIGTERM
+    assert ran.stderr.endswith("error: ended by SIGTERM\nhint: the same command again resumes at the last save\n")
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(

@@ -38,6 +38,14 @@ def test_sections_become_typed_values(tmp_path):
     assert config.max_grad_norm == 1.0
 
 
+def test_on_and_off_need_no_quotes(tmp_path):
+    config = load(tmp_path, MINIMAL + "checkpoint: {async_save: on}\ncuda_graphs: off\n")
+    assert (config.checkpoint.async_save, config.cuda_graphs) == ("on", "off")
+    assert load(tmp_path, MINIMAL, "checkpoint.async_save=off").checkpoint.async_save == "off"
+    with pytest.raises(UsageError, match="cuda_graphs is 'on', not one of auto, off"):
+        load(tmp_path, MINIMAL, "cuda_graphs=on")
+
+
 def test_overrides_win_over_the_file(tmp_path):
     config = load(
         tmp_path, MINIMAL, "steps=3", "optimizer.lr=0.5", "max_grad_norm=null", "model.backend={experts: torch}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +19,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+from automodel.checkpoint import latest_checkpoint
 from automodel.training import run
-from ckpt_tools.core.errors import CkptError, OutputExistsError, UsageError
+from automodel.training.__main__ import main
+from automodel.training.termination import Termination
+from ckpt_tools.core.errors import CkptError, OutputExistsError, StorageError, UsageError
 from tests.automodel.ranks import run_ranks, run_ranks_outcomes
 from tests.automodel.tiny import VOCABULARY, moe_config
 
@@ -124,14 +132,127 @@ def run_until(config: Path, last_step: int) -> None:
 
     real = loop._Loop._step
 
-    def cut(self, step):
+    def cut(self, step, **options):
         if step == last_step:
             raise Cut
-        return real(self, step)
+        return real(self, step, **options)
 
     loop._Loop._step = cut
     with pytest.raises(Cut):
         run(config)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_saving_beside_training_changes_neither_losses_nor_checkpoints(repository, tmp_path):
+    for name, choice in (("waits", "off"), ("beside", "on")):
+        checkpoint = {"every": 2, "async_save": choice}
+        run_ranks(2, run, write_config(tmp_path / name, repository, mesh={"ep": 2}, checkpoint=checkpoint))
+    assert losses(tmp_path / "beside") == losses(tmp_path / "waits")
+    for step in (2, 4, 6):
+        expected, found = (files_of(tmp_path / name / "out" / f"step-{step:06d}") for name in ("waits", "beside"))
+        assert found.keys() == expected.keys()
+        assert [name for name, data in expected.items() if found[name] != data] == []
+
+
+def test_a_save_that_fails_beside_training_ends_the_run_on_every_rank_after_the_same_step(repository, tmp_path):
+    def one_rank_has_no_space(config):
+        from automodel.training import loop
+        from ckpt_tools.engine import files
+
+        def pwrite(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        real = loop._Loop._step
+
+        def slow_after_the_save(self, step, **options):
+            if step == 3:
+                time.sleep(1)
+            return real(self, step, **options)
+
+        loop._Loop._step = slow_after_the_save
+        if torch.distributed.get_rank() == 1:
+            files.os.pwrite = pwrite
+        try:
+            run(config)
+        except StorageError as error:
+            return error.message
+
+    config = write_config(tmp_path, repository, checkpoint={"every": 3, "async_save": "on"})
+    told = run_ranks(2, one_rank_has_no_space, config)
+    assert told[0] == told[1]
+    assert "step-000003 failed on rank 1: cannot write" in told[0]
+    assert "No space left on device" in told[0]
+    # The save after step 3 fails during step 4, and all hear of it in step 5.
+    assert len(losses(tmp_path)) == 5
+    assert list((tmp_path / "out").glob("*step*")) == []
+
+
+def run_terminated(config: Path, rank: int) -> str:
+    """Runs until SIGTERM comes to one rank in the third step; what every rank says of its end."""
+    from automodel.training import loop
+
+    real = loop._Loop._step
+
+    def terminated(self, step, **options):
+        if step == 2 and torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, **options)
+
+    loop._Loop._step = terminated
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert main([str(config)]) == 143
+    return errors.getvalue()
+
+
+def test_sigterm_to_one_process_saves_on_all_and_the_same_command_goes_on(repository, reference, tmp_path):
+    config = write_config(tmp_path, repository, mesh={"ep": 2}, checkpoint={"every": 2, "async_save": "on"})
+    told = run_ranks(2, run_terminated, config, 1)
+    saved = tmp_path / "out" / "step-000004"
+    for text in told:
+        assert f"error: ended by SIGTERM after step 4\nhint: the same command again resumes from {saved}\n" in text
+    assert latest_checkpoint(tmp_path / "out") == saved
+    reports = run_ranks(2, run, config)
+    assert reports[0].first_step == 5
+    assert losses(tmp_path) == pytest.approx(reference, rel=1e-3)
+
+
+def test_a_run_that_keeps_no_checkpoints_ends_at_sigterm_without_one(repository, tmp_path):
+    config = write_config(tmp_path, repository, checkpoint={"at_end": False})
+    (told,) = run_ranks(1, run_terminated, config, 0)
+    assert told.endswith("error: ended by SIGTERM after step 4\n")
+    assert list((tmp_path / "out").glob("step-*")) == []
+
+
+def test_a_signal_that_came_too_late_to_be_noticed_ends_the_process():
+    def ends_too_soon():
+        with Termination() as termination:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.requested
+
+    ((_, error),) = run_ranks_outcomes(1, ends_too_soon)
+    assert error == "died with exit code -15"
+
+
+def test_a_program_that_handles_sigterm_keeps_its_handler():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
+    try:
+        with Termination() as termination:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (seen, termination.requested) == ([True], False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(repository, tmp_path):
+    config = write_config(tmp_path, repository, steps=1, checkpoint={"every": 1, "keep_last": 1})
+    run(config)
+    run(config, ["steps=4"])
+    assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-000004"]
 
 
 def test_the_export_is_a_repository_that_transformers_loads(repository, tmp_path):
