@@ -47,6 +47,27 @@ def checkpoints(warm: Document, cold: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers(warm: Document, cold: Document) -> str:
+    """The table of `checkpoints-peers-warm.json` and `checkpoints-peers-cold.json`: other tools on the same files."""
+    lines = [
+        "| tool | warm s | x ours | CPU s | cold s | x ours | CPU s | peak MB over Python |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    runs = [{row["job"]: row for row in document["jobs"] if row["job"] != "cp"} for document in (warm, cold)]
+    for job in sorted(dict.fromkeys([*runs[1], *runs[0]]), key=lambda job: job.startswith("peer")):
+        found = [rows.get(job) for rows in runs]
+        cells = [
+            f"{row['seconds']:.1f} | {format(row['ratio_to_ours'], '.1f') if 'ours' in row else ''} "
+            f"| {row['cpu_seconds']:.1f}"
+            if row
+            else " | | "
+            for row in found
+        ]
+        title = job.removeprefix("peer: ") if job.startswith("peer") else f"**{job}**"
+        lines.append(f"| {title} | {' | '.join(cells)} | {max(r['peak_mb_over_python'] for r in found if r):,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def sharing(document: Document) -> str:
     """The table of `sharing.json`: XFS, then Btrfs in every cell."""
     lines = [
@@ -160,6 +181,7 @@ def gpu() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "checkpoints": lambda: checkpoints(_read("checkpoints-warm.json"), _read("checkpoints-cold.json")),
+    "peers": lambda: peers(_read("checkpoints-peers-warm.json"), _read("checkpoints-peers-cold.json")),
     "sharing": lambda: sharing(_read("sharing.json")),
     "planning": lambda: planning(_read("planning.json")),
     "gpu": gpu,
