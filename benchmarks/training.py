@@ -8,8 +8,8 @@ A step is forward, backward, gradient clipping and AdamW with states in BF16, at
 own router. Every row of the table starts from the same random weights, made by each process on its own device, and an
 empty optimizer, so that losses compare. Every implementation is a process of its own, or one for each GPU under
 torchrun: ours divides experts over `--ep` processes and shards the rest by FSDP2, the others are sharded by FSDP2.
-`--dry` runs the same code at tiny widths in FP32 over processes on CPUs, and fails where losses differ. Prints a table
-and writes JSON with the whole configuration.
+`--dry` says what memory the run would need, then runs the same code at tiny widths in FP32 over processes on CPUs, and
+fails where losses differ. Prints a table and writes JSON with the whole configuration.
 """
 
 from __future__ import annotations
@@ -22,30 +22,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import training_dry
+import training_memory
 import training_profile
-from training_cases import CASES, PEAK_TFLOPS, flops_per_token
+from training_cases import CASES, OURS, PEAK_TFLOPS, flops_per_token
+
+if TYPE_CHECKING:
+    from training_trainee import Trainee
 
 SEQUENCE = 4096
-OURS = {
-    "ours": "auto",
-    "ours-without-graphs": "auto",
-    "ours-eager": {"layers": "eager"},
-    "ours-grouped_mm": {"experts": "grouped_mm"},
-    "ours-cudnn": {"sdpa": "cudnn"},
-    "ours-all_to_all": {"dispatch": "all_to_all"},
-    "ours-symmetric": {"dispatch": "symmetric"},
-}
-"""Implementation -> our `backend`."""
-
-MAX_GRAD_NORM = 1.0
-KEPT_GATHERED = 40 << 30
-"""Bytes of parameters up to which the other implementations keep layers gathered from forward to backward."""
 
 
 def main() -> None:
@@ -55,6 +46,7 @@ def main() -> None:
             print("ROW " + json.dumps(row), flush=True)
         return
     if arguments.dry:
+        training_memory.print_predictions(arguments, list(_runs(arguments)))
         training_dry.shrink(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -97,32 +89,33 @@ def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    import transformers
-
     return {
         "case": arguments.case,
         "config": CASES[arguments.case],
         "sequence": arguments.sequence,
         "dtype": f"{arguments.dtype} parameters, gradients and AdamW states",
-        "clipping": MAX_GRAD_NORM,
+        "clipping": True,
         "lr": arguments.lr,
         "gpus": arguments.gpus,
         "gpu": _gpu(),
         "warmup": arguments.warmup,
         "steps": arguments.steps,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "flops_per_token": flops_per_token(CASES[arguments.case], arguments.sequence),
         "peak_tflops": _peak_tflops(),
     }
 
 
+@cache
 def _gpu() -> str:
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    """The name of the first GPU; asked for without a context on it, which would take its memory."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
 
 
 def _peak_tflops() -> float | None:
@@ -157,19 +150,22 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one implementation, on the first of its processes; all of them run this."""
     import torch
     import torch.distributed as dist
+    from training_trainee import build
 
     if arguments.gpus > 1 and not dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")
     first = not dist.is_initialized() or dist.get_rank() == 0
-    trainee = _build(arguments)
+    trainee = build(arguments)
     for text in arguments.micro_batches.split(","):
         size, checkpointing = int(text.removesuffix("c")), text.endswith("c")
+        memory = training_memory.predicted(arguments, arguments.child, int(arguments.ep), text)
         described = {
             "implementation": arguments.child,
             "ep": int(arguments.ep),
             "micro_batch": size,
             "checkpointing": checkpointing,
+            "predicted_gib": memory and training_memory.gib(memory.peak),
         }
         try:
             trainee.start_over(checkpointing=checkpointing)
@@ -186,130 +182,6 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {**described, **row}
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """A model on its devices, its optimizer, and a step: token ids [B, S] on the host -> loss and gradient norm.
-
-    Attributes:
-        fill: gives the parameters their first values.
-    """
-
-    model: Any
-    optimizer: Any
-    step: Callable[[Any], tuple[Any, Any]]
-    fill: Callable[[], None]
-
-    def start_over(self, *, checkpointing: bool) -> None:
-        """First weights and an optimizer that has seen nothing, in the same memory; checkpointing on or off."""
-        import torch
-
-        self.fill()
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        self.model.train()
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-def _build(arguments: argparse.Namespace) -> Trainee:
-    import torch
-    import training_peers
-    import training_weights
-    from transformers import AutoConfig
-
-    from automodel.parallel.fsdp import parallelize
-    from automodel.parallel.materialize import allocate
-
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = getattr(torch, arguments.dtype)
-    fields = dict(CASES[arguments.case])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    if arguments.child == training_peers.NEMO:
-        model, loss_of, fill = training_peers.nemo_model(config, CASES[arguments.case], device)
-        return _peer(model, loss_of, fill, arguments.lr, device)
-    ours = arguments.child in OURS
-    model = _ours_on_meta(config, arguments.child, dtype) if ours else None
-    model = model or training_peers.transformers_model(arguments.child, config, dtype)
-    mesh = _mesh(arguments.gpus, int(arguments.ep), device)
-    keeps = not ours and sum(p.numel() * p.element_size() for p in model.parameters()) <= KEPT_GATHERED
-    parallelize(model, mesh, reshard_after_forward=False if keeps else None)
-    allocate(model, device)
-
-    def fill() -> None:
-        training_weights.fill(model)
-
-    if ours:
-        return _ours(model, mesh, fill, arguments.lr, device, graphs=arguments.child != "ours-without-graphs")
-    return _peer(model, training_peers.transformers_loss(model), fill, arguments.lr, device)
-
-
-def _mesh(processes: int, ep: int, device: Any) -> Any:
-    from automodel import MeshConfig
-    from automodel.parallel.mesh import ParallelMesh
-
-    return ParallelMesh.of(MeshConfig(ep=ep).build(device.type)) if processes > 1 else None
-
-
-def _ours_on_meta(config: Any, name: str, dtype: Any) -> Any:
-    import torch
-
-    from automodel.backends import Backend
-    from automodel.models import NATIVE_MODELS
-
-    with torch.device("meta"):
-        model = NATIVE_MODELS[config.model_type](config, backend=Backend.parse(OURS[name]))
-    return model.to(dtype)
-
-
-def _ours(model: Any, mesh: Any, fill: Callable[[], None], lr: float, device: Any, *, graphs: bool) -> Trainee:
-    import torch
-
-    from automodel.training.data import Batch
-    from automodel.training.optimizer import OptimizerConfig, build_optimizer
-    from automodel.training.step import step_graph, train_step
-
-    optimizer = build_optimizer(model, OptimizerConfig(lr=lr))
-    captured: dict[torch.Size, Any] = {}
-
-    def step(ids: torch.Tensor) -> tuple[float, float]:
-        if ids.shape not in captured:
-            captured.clear()
-            captured[ids.shape] = step_graph(model, 1) if graphs else None
-        batch = Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), ids).to(device)
-        result = train_step(model, optimizer, [batch], mesh, max_grad_norm=MAX_GRAD_NORM, graph=captured[ids.shape])
-        return result.loss, result.grad_norm
-
-    return Trainee(model, optimizer, step, fill)
-
-
-def _peer(model: Any, loss_of: Callable[[Any], Any], fill: Callable[[], None], lr: float, device: Any) -> Trainee:
-    import torch
-
-    decays, rest = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-    def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = loss_of(ids.to(device, non_blocking=True))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
-
-    return Trainee(model, optimizer, step, fill)
 
 
 def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[str, Any]:
@@ -401,7 +273,7 @@ def _print_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
     if peak := _peak_tflops():
         print(f"MFU = tokens/s/GPU x {flops / 1e9:.2f} GFLOP / {peak:g} TFLOP/s")
     header = f"{'implementation':28}{'ep':>3}{'mb':>4}{'ms':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}"
-    print(header + f"{'on GPU':>8}{'exposed ms':>12}{'idle ms':>9}  losses")
+    print(header + f"{'predicted':>11}{'on GPU':>8}{'exposed ms':>12}{'idle ms':>9}  losses")
     for row in rows:
         size = f"{row.get('micro_batch', '')}{'c' if row.get('checkpointing') else ''}"
         begin = f"{row['implementation']:28}{row.get('ep', ''):>3}{size:>4}"
@@ -411,7 +283,7 @@ def _print_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
         spent = row.get("kernels", {})
         print(
             f"{begin}{row['seconds'] * 1e3:>9.1f}{row['tokens_per_second_per_gpu']:>14,}{row['model_tflops']:>9}"
-            f"{_percent(row['mfu']):>7}{row['peak_gib']:>7}{row['device_gib']:>8}"
+            f"{_percent(row['mfu']):>7}{row['peak_gib']:>7}{row['predicted_gib'] or '':>11}{row['device_gib']:>8}"
             f"{spent.get('exposed_communication', ''):>12}{spent.get('idle', ''):>9}"
             f"  {row['losses'][0]} .. {row['losses'][-1]}"
         )

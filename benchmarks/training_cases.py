@@ -79,6 +79,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Configs; the shapes of the published models with fewer layers. Names of the full models carry no number of layers."""
 
+OURS: dict[str, str | dict[str, str]] = {
+    "ours": "auto",
+    "ours-without-graphs": "auto",
+    "ours-eager": {"layers": "eager"},
+    "ours-grouped_mm": {"experts": "grouped_mm"},
+    "ours-cudnn": {"sdpa": "cudnn"},
+    "ours-all_to_all": {"dispatch": "all_to_all"},
+    "ours-symmetric": {"dispatch": "symmetric"},
+}
+"""Our implementations -> their `backend`."""
+
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4}
 """Part of a GPU's name -> dense BF16 rate of its datasheet (SXM), which model FLOPs utilisation refers to."""
 

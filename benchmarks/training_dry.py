@@ -34,7 +34,7 @@ def forked(processes: int, rows: Callable[[], Iterable[dict[str, Any]]]) -> list
     Raises:
         SystemExit: one of them failed; what it said is on stderr.
     """
-    import training_peers  # noqa: F401  (with it torch and transformers)
+    import training_trainee  # noqa: F401  (with it torch and transformers)
 
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
