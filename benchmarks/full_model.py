@@ -23,10 +23,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import training_dry
 from training_cases import CASES
+
+if TYPE_CHECKING:
+    from training_trainee import Trainee
 
 PHASES = ("save", "export", "consolidate", "verify", "against")
 """`against` compares the repository with the checkpoint, bit for bit; `verify` compares its digests."""
@@ -114,6 +117,7 @@ def _train(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.gpus}"]
     done = _run(arguments, [*launcher, Path(__file__).as_posix(), *sys.argv[1:], "--child"])
     rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    shutil.rmtree(arguments.scratch / "exported", ignore_errors=True)
     return rows if done.returncode == 0 else [*rows, {"phase": "training", "error": done.stderr[-600:]}]
 
 
@@ -148,44 +152,45 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> subprocess.Comple
 
 
 def _on_devices(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Build, train, save, train on, export; the rows are the first process's."""
-    import torch
-    import torch.distributed as dist
+    """The rows of the training processes, on the first of them; all of them run this."""
     from training_trainee import build
 
-    if not dist.is_initialized():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+    from automodel.training.processes import is_first, process_group
+
     arguments.child, arguments.ep = "ours", arguments.ep or str(arguments.gpus)
-    phases, first = arguments.phases.split(","), dist.get_rank() == 0
-    trainee = build(arguments)
+    with process_group(arguments.limit / 60):
+        for row in _acts(arguments, build(arguments)):
+            if is_first():
+                yield row
+
+
+def _acts(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[str, Any]]:
+    """Make weights, train, save, train on, export; a row of each."""
+    phases = arguments.phases.split(",")
     _, seconds = _timed(lambda: trainee.start_over(checkpointing=False))
-    if first:
-        yield {"phase": "make weights", "seconds": seconds}
-
-    def train(steps: int, when: str) -> Iterator[dict[str, Any]]:
-        for _ in range(steps):
-            ids = torch.randint(0, trainee.model.config.vocab_size, (1, arguments.sequence))
-            (loss, _), seconds = _timed(partial(trainee.step, ids))
-            if first:
-                yield {"phase": f"step {when}", "seconds": seconds, "loss": round(float(loss), 4)}
-
+    yield {"phase": "make weights", "seconds": seconds}
     if "save" in phases:
-        yield from train(arguments.warmup, "before the save")
+        yield from _steps(trainee, arguments, arguments.warmup, "step before the save")
         nbytes, seconds = _timed(lambda: _save(trainee, arguments))
-        if first:
-            yield {"phase": "save", **_rate(nbytes, seconds)}
-        yield from train(arguments.steps, "after the save")
+        yield {"phase": "save", **_rate(nbytes, seconds)}
+        yield from _steps(trainee, arguments, arguments.steps, "step after the save")
     if "export" in phases:
         exported = arguments.scratch / "exported"
         _, seconds = _timed(lambda: trainee.model.save_pretrained(exported))
-        if first:
-            yield {"phase": "export", **_rate(_bytes_of(exported), seconds)}
-            shutil.rmtree(exported)
-    dist.destroy_process_group()
+        nbytes = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+        yield {"phase": "export", **_rate(nbytes, seconds)}
 
 
-def _save(trainee: Any, arguments: argparse.Namespace) -> int:
+def _steps(trainee: Trainee, arguments: argparse.Namespace, count: int, phase: str) -> Iterator[dict[str, Any]]:
+    import torch
+
+    for _ in range(count):
+        ids = torch.randint(0, trainee.model.config.vocab_size, (1, arguments.sequence))
+        (loss, _), seconds = _timed(partial(trainee.step, ids))
+        yield {"phase": phase, "seconds": seconds, "loss": round(float(loss), 4)}
+
+
+def _save(trainee: Trainee, arguments: argparse.Namespace) -> int:
     """Write the training checkpoint; bytes of its tensors."""
     from automodel.checkpoint.save import save_checkpoint
     from automodel.checkpoint.state import model_state, optimizer_state
@@ -193,11 +198,8 @@ def _save(trainee: Any, arguments: argparse.Namespace) -> int:
     state = model_state(trainee.model)
     if arguments.optimizer:
         state |= optimizer_state(trainee.model, trainee.optimizer)
-    config = {
-        **CASES[arguments.case],
-        "architectures": [trainee.model.transformers_architecture],
-        "dtype": arguments.dtype,
-    }
+    architecture = trainee.model.transformers_architecture
+    config = {**CASES[arguments.case], "architectures": [architecture], "dtype": arguments.dtype}
     save_checkpoint(
         arguments.scratch / "step",
         state,
@@ -231,10 +233,6 @@ def _rate(nbytes: int, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "gb_per_second": round(nbytes / seconds / 1e9, 3),
     }
-
-
-def _bytes_of(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from training_trainee import Trainee
 
 SEQUENCE = 4096
+MINUTES = 10.0
+"""After which a process that waits for another one gives up."""
 
 
 def main() -> None:
@@ -148,15 +151,19 @@ def _text(data: str | bytes | None) -> str:
 
 def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one implementation, on the first of its processes; all of them run this."""
-    import torch
-    import torch.distributed as dist
     from training_trainee import build
 
-    if arguments.gpus > 1 and not dist.is_initialized():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+    from automodel.training.processes import process_group
+
+    with process_group(MINUTES) if arguments.gpus > 1 else nullcontext():
+        yield from _rows_of(arguments, build(arguments))
+
+
+def _rows_of(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
     first = not dist.is_initialized() or dist.get_rank() == 0
-    trainee = build(arguments)
     for text in arguments.micro_batches.split(","):
         size, checkpointing = int(text.removesuffix("c")), text.endswith("c")
         memory = training_memory.predicted(arguments, arguments.child, int(arguments.ep), text)
@@ -180,8 +187,6 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         if first:
             yield {**described, **row}
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[str, Any]:
