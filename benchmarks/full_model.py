@@ -171,8 +171,9 @@ def _acts(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[str,
     yield {"phase": "make weights", "seconds": seconds}
     if "save" in phases:
         yield from _steps(trainee, arguments, arguments.warmup, "step before the save")
-        nbytes, seconds = _timed(lambda: _save(trainee, arguments))
-        yield {"phase": "save", **_rate(nbytes, seconds)}
+        state, write = _checkpoint(trainee, arguments)
+        _, seconds = _timed(write)
+        yield {"phase": "save", **_rate(_bytes_of(state), seconds)}
         yield from _steps(trainee, arguments, arguments.steps, "step after the save")
     if "export" in phases:
         exported = arguments.scratch / "exported"
@@ -190,8 +191,8 @@ def _steps(trainee: Trainee, arguments: argparse.Namespace, count: int, phase: s
         yield {"phase": phase, "seconds": seconds, "loss": round(float(loss), 4)}
 
 
-def _save(trainee: Trainee, arguments: argparse.Namespace) -> int:
-    """Write the training checkpoint; bytes of its tensors."""
+def _checkpoint(trainee: Trainee, arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[..., None]]:
+    """What a checkpoint holds by name, and what writes it."""
     from automodel.checkpoint.save import save_checkpoint
     from automodel.checkpoint.state import model_state, optimizer_state
 
@@ -200,13 +201,19 @@ def _save(trainee: Trainee, arguments: argparse.Namespace) -> int:
         state |= optimizer_state(trainee.model, trainee.optimizer)
     architecture = trainee.model.transformers_architecture
     config = {**CASES[arguments.case], "architectures": [architecture], "dtype": arguments.dtype}
-    save_checkpoint(
+    write = partial(
+        save_checkpoint,
         arguments.scratch / "step",
         state,
         family=CASES[arguments.case]["model_type"],
         side_files={"config.json": json.dumps(config).encode()},
         source={"model": f"random weights of {arguments.case}"},
     )
+    return state, write
+
+
+def _bytes_of(state: dict[str, Any]) -> int:
+    """Of whole tensors, which each process may hold a part of."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
