@@ -15,7 +15,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ckpt_tools.cli import consolidate, convert, diff, explain, families, inspect, plan, roundtrip, train, verify
+from ckpt_tools.cli import (
+    consolidate,
+    convert,
+    diff,
+    estimate,
+    explain,
+    families,
+    inspect,
+    plan,
+    roundtrip,
+    train,
+    verify,
+)
 from ckpt_tools.cli.failures import (
     BROKEN_PIPE,
     INTERNAL_ERROR,
@@ -118,6 +130,7 @@ VERBS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "verify": (verify.verify, verify.EXAMPLES),
     "roundtrip": (roundtrip.roundtrip, roundtrip.EXAMPLES),
     "plan": (plan.plan, plan.EXAMPLES),
+    "estimate": (estimate.estimate, estimate.EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "diff": (diff.diff, diff.EXAMPLES),
     "explain": (explain.explain, explain.EXAMPLES),

@@ -1,4 +1,4 @@
-"""`ckpt train`: distributed training from one YAML file. The only verb that reaches the training half, and lazily."""
+"""`ckpt train`: distributed training from one YAML file. It reaches the training half lazily, as does `estimate`."""
 
 from __future__ import annotations
 

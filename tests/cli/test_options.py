@@ -23,7 +23,10 @@ def value_of(parameter: Parameter) -> str:
     return next(value for value in (*parameter.values.split("|"), "other") if value != parameter.default)
 
 
-@pytest.mark.parametrize("verb", [v for v in verbs() if v.name not in ("train", "families")], ids=lambda v: v.name)
+NOT_OF_THE_API = ("train", "families", "estimate")
+
+
+@pytest.mark.parametrize("verb", [v for v in verbs() if v.name not in NOT_OF_THE_API], ids=lambda v: v.name)
 def test_every_option_reaches_the_function(ckpt: Run, monkeypatch: pytest.MonkeyPatch, verb: Verb) -> None:
     seen: dict[str, object] = {}
 
