@@ -69,15 +69,29 @@ CASES: dict[str, dict[str, Any]] = {
         **QWEN3_30B,
         "vocab_size": 512,
         "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
         "moe_intermediate_size": 32,
-        "num_attention_heads": 4,
+        "num_attention_heads": 8,
         "head_dim": 16,
     },
 }
 """Configs; the shapes of the published models with fewer layers. Names of the full models carry no number of layers."""
+
+OURS: dict[str, str | dict[str, str]] = {
+    "ours": "auto",
+    "ours-without-graphs": "auto",
+    "ours-eager": {"layers": "eager"},
+    "ours-grouped_mm": {"experts": "grouped_mm"},
+    "ours-cudnn": {"sdpa": "cudnn"},
+    "ours-all_to_all": {"dispatch": "all_to_all"},
+    "ours-symmetric": {"dispatch": "symmetric"},
+}
+"""Our implementations -> their `backend`."""
+
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4}
+"""Part of a GPU's name -> dense BF16 rate of its datasheet (SXM), which model FLOPs utilisation refers to."""
 
 
 def flops_per_token(config: dict[str, Any], sequence: int) -> float:

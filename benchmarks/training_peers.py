@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from training_weights import leaf_values
+
+from ckpt_tools.families import layout_for
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,8 +43,8 @@ TRANSFORMERS = {
 NEMO = "nemo"
 
 
-def transformers_model(name: str, weights: Path) -> nn.Module:
-    """The model as transformers loads it, on the host."""
+def transformers_model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model as transformers makes it, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     peer = TRANSFORMERS[name]
@@ -51,13 +54,13 @@ def transformers_model(name: str, weights: Path) -> nn.Module:
         # Its experts have no grouped products; those of transformers stay.
         apply_liger_kernel_to_qwen3_moe(rope=True, rms_norm=True, swiglu=False, fused_linear_cross_entropy=True)
     attention = {} if peer.attention is None else {"attn_implementation": peer.attention}
-    model = AutoModelForCausalLM.from_pretrained(
-        weights, dtype=torch.bfloat16, experts_implementation=peer.experts, **attention
-    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=peer.experts, **attention)
     if peer.compiled:
         layers = getattr(model, "model", None) or model.backbone
         for layer in layers.layers:
-            layer.compile()
+            # On CPUs the code would be compiled for minutes; what is traced is the same.
+            layer.compile(backend="inductor" if torch.cuda.is_available() else "aot_eager")
     return model
 
 
@@ -66,12 +69,17 @@ def transformers_loss(model: nn.Module) -> Loss:
     return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def nemo_model(weights: Path, device: torch.device) -> tuple[nn.Module, Loss]:
-    """NeMo AutoModel's Qwen3-MoE with torch's kernels (grouped_mm experts, SDPA), and its loss."""
+def nemo_model(
+    config: Any, fields: Mapping[str, Any], device: torch.device
+) -> tuple[nn.Module, Loss, Callable[[], None]]:
+    """NeMo AutoModel's Qwen3-MoE with torch's kernels (grouped_mm experts, SDPA), its loss, and what fills it.
+
+    Args:
+        fields: of the config.
+    """
     from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
     from nemo_automodel.components.models.common.utils import BackendConfig
     from nemo_automodel.components.models.qwen3_moe.model import Qwen3MoeForCausalLM
-    from transformers import AutoConfig
 
     backend = BackendConfig(
         attn="sdpa",
@@ -83,9 +91,8 @@ def nemo_model(weights: Path, device: torch.device) -> tuple[nn.Module, Loss]:
         fake_balanced_gate=False,
     )
     with device:
-        model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(weights), backend=backend)
+        model = Qwen3MoeForCausalLM(config, backend=backend)
     model.initialize_weights(buffer_device=device, dtype=torch.bfloat16)
-    _fill(model, weights)
     cross_entropy = MaskedCrossEntropy(fp32_upcast=False)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
@@ -93,28 +100,20 @@ def nemo_model(weights: Path, device: torch.device) -> tuple[nn.Module, Loss]:
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
         return cross_entropy(getattr(output, "logits", output), labels)
 
-    return model, loss
+    return model, loss, lambda: _fill(model, fields)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, weights: Path) -> None:
-    """Copy a repository into NeMo's parameters; its experts are stacked and the other way round."""
-    from safetensors import safe_open
-
-    where = {}
-    for file in sorted(weights.glob("*.safetensors")):
-        opened = safe_open(file, "pt")
-        where.update(dict.fromkeys(opened.keys(), opened))
-
-    def read(name: str) -> torch.Tensor:
-        return where[name].get_tensor(name)
-
+def _fill(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Leaves into NeMo's parameters; its experts are stacked and the other way round."""
+    shapes = {name: leaf.shape for name, leaf in layout_for(fields).leaves.items()}
     for name, parameter in model.named_parameters():
         if not name.endswith(("gate_and_up_projs", "down_projs")):
-            parameter.copy_(read(name))
+            parameter.copy_(leaf_values(name, shapes[name], parameter.dtype, parameter.device))
             continue
         experts = name.rpartition(".")[0]
         parts = ("gate", "up") if name.endswith("gate_and_up_projs") else ("down",)
         for number in range(len(parameter)):
-            tensors = [read(f"{experts}.{number}.{part}_proj.weight").T for part in parts]
+            leaves = [f"{experts}.{number}.{part}_proj.weight" for part in parts]
+            tensors = [leaf_values(leaf, shapes[leaf], parameter.dtype, parameter.device).T for leaf in leaves]
             parameter[number].copy_(torch.cat(tensors, dim=-1))

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performance_tables import TITLES
+from performance_tables import title, training_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,21 +60,17 @@ def plots() -> Iterator[tuple[str, str]]:
             for row in rows
         ]
         yield f"checkpoints-{state}.svg", plot(f"Checkpoints, {state} page cache", "times the speed of cp", bars)
-    for path in sorted(RESULTS.glob("training-*.json")):
-        document = _read(path.name)
-        made = document["configuration"]
-        for size in sorted({row["micro_batch"] for row in document["rows"] if "error" not in row}, key=str):
+    for document in training_runs():
+        made, rows = document["configuration"], [row for row in document["rows"] if "error" not in row]
+        case, gpus = made["case"], made["gpus"]
+        for size in sorted({row["micro_batch"] for row in rows}):
             bars = [
-                Bar(_title(row), row["tokens_per_second_per_gpu"], row["implementation"].startswith("ours"))
-                for row in document["rows"]
-                if "error" not in row and row["micro_batch"] == size
+                Bar(title(row, gpus), row["tokens_per_second_per_gpu"], row["implementation"].startswith("ours"))
+                for row in rows
+                if row["micro_batch"] == size
             ]
-            title = f"{made['case']}, {made['gpus']} x {made['gpu']}, micro-batch {size}"
-            yield f"{path.stem}-{size}.svg", plot(title, "tokens a second and GPU", bars)
-
-
-def _title(row: dict[str, Any]) -> str:
-    return TITLES[row["implementation"]] + (", recomputed" if row.get("checkpointing") else "")
+            what = f"{case}, {gpus} x {made['gpu']}, micro-batch {size}"
+            yield f"training-{case}-{gpus}gpu-{size}.svg", plot(what, "tokens a second and GPU", bars)
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def planning(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
-def training(document: Document, name: str) -> str:
+def training(document: Document) -> str:
     """The table and plots of one `training-*.json`, with what our step spends its time on."""
     made, rows = document["configuration"], document["rows"]
     lines = [
@@ -112,26 +112,61 @@ def training(document: Document, name: str) -> str:
         "| | micro-batch | ms | tokens/s/GPU | x transformers | TFLOP/s | GiB | loss, first and last step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    base = {row["micro_batch"]: row["seconds"] for row in rows if row["implementation"] == "transformers"}
-    for row in sorted((row for row in rows if "error" not in row), key=lambda row: row["micro_batch"]):
+    timed = [row for row in rows if "error" not in row]
+    base: dict[int, float] = {}
+    for row in sorted(timed, key=lambda row: bool(row.get("checkpointing"))):
+        if row["implementation"] == "transformers":
+            base.setdefault(row["micro_batch"], row["seconds"])
+    for row in sorted(timed, key=lambda row: row["micro_batch"]):
         size, seconds = row["micro_batch"], row["seconds"]
-        title = TITLES[row["implementation"]] + (", activation checkpointing" if row.get("checkpointing") else "")
         ratio = f"{base[size] / seconds:.2f}" if size in base else ""
+        used = f" ({row['mfu']:.1%})" if row.get("mfu") else ""
         lines.append(
-            f"| {title} | {size} | {seconds * 1e3:.1f} | {row['tokens_per_second_per_gpu']:,} "
-            f"| {ratio} | {row['model_tflops']:.0f} | {row['peak_gib']} "
+            f"| {title(row, made['gpus'])} | {size} | {seconds * 1e3:.1f} | {row['tokens_per_second_per_gpu']:,} "
+            f"| {ratio} | {row['model_tflops']:.0f}{used} | {row['peak_gib']} "
             f"| {row['losses'][0]:.3f}, {row['losses'][-1]:.3f} |"
         )
-    lines += [
-        f"| {TITLES[row['implementation']]} | | {row['error'][:80]} | | | | | |" for row in rows if "error" in row
-    ]
+    for row in rows:
+        if "error" in row:
+            size = f" {row['micro_batch']}" if "micro_batch" in row else ""
+            lines.append(f"| {title(row, made['gpus'])} |{size} | {row['error'][:80]} | | | | | |")
     for row in rows:
         if row["implementation"] == "ours" and "kernels" in row:
             spent = row["kernels"]["milliseconds_by_kind"].items()
             shares = ", ".join(f"{kind} {value:.1f}" for kind, value in sorted(spent, key=lambda kind: -kind[1]))
-            lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}."]
+            bare = row["kernels"].get("exposed_communication")
+            alone = "" if bare is None else f"; communication that nothing else covers {bare:.1f}"
+            lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}{alone}."]
     sizes = sorted({row["micro_batch"] for row in rows if "error" not in row})
+    name = f"training-{made['case']}-{made['gpus']}gpu"
     lines += ["", *(f"![Tokens a second at micro-batch {size}](plots/{name}-{size}.svg)" for size in sizes)]
+    return "\n".join(lines) + "\n"
+
+
+def title(row: Document, gpus: int) -> str:
+    """Who ran, and how: experts are divided over all processes unless it is said."""
+    divided = f", ep {row['ep']}" if row["implementation"].startswith("ours") and row.get("ep", gpus) != gpus else ""
+    checkpointing = ", activation checkpointing" if row.get("checkpointing") else ""
+    return TITLES[row["implementation"]] + divided + checkpointing
+
+
+def full_model(document: Document) -> str:
+    """The table of one `full-model-*.json`."""
+    made = document["configuration"]
+    lines = [
+        f"**{made['case']}, from {made['gpus']} GPUs to a repository**, {made['cores']} cores, {made['file_system']}"
+        f"{', with the optimizer' if made['optimizer'] else ''}:",
+        "",
+        "| | GB | s | GB/s |",
+        "|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['phase']} | {row['error'][:80]} | | |")
+        else:
+            lines.append(
+                f"| {row['phase']} | {row.get('gb', '')} | {row['seconds']} | {row.get('gb_per_second', '')} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -175,8 +210,20 @@ def dispatch(document: Document) -> str:
 
 def gpu() -> str:
     """The tables of what was measured on GPUs."""
-    parts = [training(_read(path.name), path.stem) for path in sorted(RESULTS.glob("training-*.json"))]
+    parts = [training(run) for run in training_runs()]
+    parts += [full_model(_read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
     return "\n".join([*parts, experts(_read("experts.json")), dispatch(_read("dispatch.json"))])
+
+
+def training_runs() -> Iterator[Document]:
+    """Runs of one case on as many GPUs as one document with the rows of all; the first one's configuration."""
+    found: dict[tuple[str, int], Document] = {}
+    for path in sorted(RESULTS.glob("training-*.json")):
+        document = _read(path.name)
+        made = document["configuration"]
+        first = found.setdefault((made["case"], made["gpus"]), {"configuration": made, "rows": []})
+        first["rows"] = [*first["rows"], *document["rows"]]
+    yield from found.values()
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

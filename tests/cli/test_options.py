@@ -9,7 +9,7 @@ from ckpt_tools.cli.reference import Parameter, Verb, verbs
 from tests.cli.conftest import Run
 
 SPELLED_OTHERWISE = {"for": "readers", "format": "file_format"}
-NOT_ONE_FUNCTION = ("train", "families", "doctor")
+NOT_ONE_FUNCTION = ("train", "families", "doctor", "estimate")
 ABOUT_OUTPUT = {"--json", "--quiet"}
 
 

@@ -143,6 +143,17 @@ def test_families_are_listed_and_one_is_shown(ckpt: Run) -> None:
     assert (ran.code, "did you mean qwen3_moe?" in ran.stderr) == (2, True)
 
 
+def test_an_estimate_needs_a_config_alone(ckpt: Run, repository: Path, native: Path) -> None:
+    alone, divided = (ckpt("estimate", repository, *mesh, "--json").json for mesh in ([], ["--mesh", "ep=2"]))
+    assert alone["peak"] > alone["parameters"] + alone["optimizer"]
+    assert alone["parameters"] == pytest.approx(2 * divided["parameters"], rel=0.05)
+    again = ckpt("estimate", native, "--checkpointing", "--json").json
+    assert (again["parameters"], again["activations"] < alone["activations"]) == (alone["parameters"], True)
+    assert "GiB  of each of 2 GPUs, at: " in ckpt("estimate", native, "--mesh", "ep=2").stdout
+    ran = ckpt("estimate", repository.parent)
+    assert (ran.code, "has no config.json" in ran.stderr) == (11, True)
+
+
 def test_every_look_is_one_json_object_and_nothing_else(ckpt: Run, repository: Path, native: Path) -> None:
     name = "lm_head.weight"
     looks = [
@@ -153,6 +164,7 @@ def test_every_look_is_one_json_object_and_nothing_else(ckpt: Run, repository: P
         ("diff", repository, native),
         ("explain", repository, name),
         ("families",),
+        ("estimate", repository),
     ]
     for look in looks:
         ran = ckpt(*look, "--json")

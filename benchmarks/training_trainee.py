@@ -1,0 +1,141 @@
+"""What `benchmarks/training.py` times: a model of one implementation on its devices, with optimizer and step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import training_peers
+import training_weights
+from training_cases import CASES, OURS
+from transformers import AutoConfig, PreTrainedModel
+
+from automodel import MeshConfig
+from automodel.backends import Backend
+from automodel.models import NATIVE_MODELS, NativeCausalLM
+from automodel.parallel.fsdp import parallelize
+from automodel.parallel.materialize import allocate
+from automodel.parallel.mesh import ParallelMesh
+from automodel.training.data import Batch
+from automodel.training.optimizer import OptimizerConfig, build_optimizer
+from automodel.training.step import step_graph, train_step
+
+MAX_GRAD_NORM = 1.0
+KEPT_GATHERED = 40 << 30
+"""Bytes of parameters up to which the other implementations keep layers gathered from forward to backward."""
+
+Measured = tuple[float | torch.Tensor, float | torch.Tensor]
+"""Loss and gradient norm."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model on its devices, its optimizer, and what makes a step of token ids [B, S] on the host.
+
+    Attributes:
+        fill: gives the parameters their first values.
+        mesh: that ours is sharded over; None in one process, and of other implementations.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    step: Callable[[torch.Tensor], Measured]
+    fill: Callable[[], None]
+    mesh: ParallelMesh | None = None
+
+    def start_over(self, *, checkpointing: bool) -> None:
+        """First weights and an optimizer that has seen nothing, in the same memory; checkpointing on or off."""
+        self.fill()
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self.model.train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def build(arguments: argparse.Namespace) -> Trainee:
+    """The model of `arguments.child` with memory for its parameters, sharded where there are several processes."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = getattr(torch, arguments.dtype)
+    fields = dict(CASES[arguments.case])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if arguments.child == training_peers.NEMO:
+        model, loss_of, fill = training_peers.nemo_model(config, CASES[arguments.case], device)
+        return _peer(model, loss_of, fill, arguments.lr, device)
+    mesh = None
+    if arguments.gpus > 1:
+        mesh = ParallelMesh.of(MeshConfig(ep=int(arguments.ep)).build(device.type))
+    if arguments.child in OURS:
+        with torch.device("meta"):
+            model = NATIVE_MODELS[config.model_type](config, backend=Backend.parse(OURS[arguments.child]))
+        model = model.to(dtype)
+        parallelize(model, mesh)
+    else:
+        model = training_peers.transformers_model(arguments.child, config, dtype)
+        small = sum(p.numel() * p.element_size() for p in model.parameters()) <= KEPT_GATHERED
+        parallelize(model, mesh, reshard_after_forward=False if small else None)
+    allocate(model, device)
+
+    def fill_model() -> None:
+        training_weights.fill(model)
+
+    if isinstance(model, NativeCausalLM):
+        graphs = arguments.child != "ours-without-graphs"
+        return _ours(model, mesh, fill_model, arguments.lr, device, graphs=graphs)
+    return _peer(model, training_peers.transformers_loss(model), fill_model, arguments.lr, device)
+
+
+def _ours(
+    model: NativeCausalLM,
+    mesh: ParallelMesh | None,
+    fill: Callable[[], None],
+    lr: float,
+    device: torch.device,
+    *,
+    graphs: bool,
+) -> Trainee:
+    optimizer = build_optimizer(model, OptimizerConfig(lr=lr))
+    captured: dict[tuple[torch.Size, bool], Any] = {}
+
+    def step(ids: torch.Tensor) -> Measured:
+        key = (ids.shape, model.is_gradient_checkpointing)
+        if key not in captured:
+            captured.clear()
+            captured[key] = step_graph(model, 1) if graphs else None
+        batch = Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), ids).to(device)
+        result = train_step(model, optimizer, [batch], mesh, max_grad_norm=MAX_GRAD_NORM, graph=captured[key])
+        return result.loss, result.grad_norm
+
+    return Trainee(model, optimizer, step, fill, mesh)
+
+
+def _peer(
+    model: PreTrainedModel,
+    loss_of: training_peers.Loss,
+    fill: Callable[[], None],
+    lr: float,
+    device: torch.device,
+) -> Trainee:
+    ours = OptimizerConfig(lr=lr)
+    decays, rest = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
+    groups = [{"params": decays, "weight_decay": ours.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=ours.betas, eps=ours.eps, fused=True)
+
+    def step(ids: torch.Tensor) -> Measured:
+        loss = loss_of(ids.to(device, non_blocking=True))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    return Trainee(model, optimizer, step, fill)
