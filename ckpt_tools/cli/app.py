@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -75,8 +74,7 @@ class Application(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            # Training saves first, and says itself how it ended.
-            with nullcontext() if ctx.invoked_subcommand == "train" else sigterm_interrupts():
+            with sigterm_interrupts():
                 result = super().invoke(ctx)
             sys.stdout.flush()
             return result

@@ -38,22 +38,36 @@ class TerminationSignal(KeyboardInterrupt):
     """What SIGTERM raises in the main thread, so that it ends a run in the way that Ctrl-C does."""
 
 
+def _interrupt(*_: object) -> None:
+    raise TerminationSignal
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Inside, SIGTERM raises `TerminationSignal`; nothing changes outside the main thread, or where it is ignored."""
-
-    def interrupt(*_: object) -> None:
-        raise TerminationSignal
-
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def sigterm_left_alone() -> Iterator[None]:
+    """Within `sigterm_interrupts`, SIGTERM does again what it does to any process."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not _interrupt:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def failure(error: BaseException) -> CkptError | None:

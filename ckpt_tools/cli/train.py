@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_tools.cli import options
-from ckpt_tools.cli.failures import TerminationSignal, sigterm_interrupts
+from ckpt_tools.cli.failures import TerminationSignal, sigterm_left_alone
 from ckpt_tools.cli.ranks import output
 from ckpt_tools.cli.training_half import require_packages
 from ckpt_tools.core.errors import CkptError, NotFoundError, UsageError
@@ -97,7 +97,9 @@ def _check(config: str, overrides: Sequence[str]) -> None:
 
 def _train_here(config: str, overrides: Sequence[str], quiet: bool) -> DataclassInstance:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
-    report: DataclassInstance = import_module("automodel.training").run(config, list(overrides))
+    # Training saves before it ends, and says itself how it did.
+    with sigterm_left_alone():
+        report: DataclassInstance = import_module("automodel.training").run(config, list(overrides))
     return report
 
 
@@ -112,16 +114,15 @@ def _train_under_torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "ckpt_tools", "train", config]
     command += [text for override in overrides for text in ("--set", override)]
-    with sigterm_interrupts():
-        child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt as signalled:
-            if isinstance(signalled, TerminationSignal):
-                child.terminate()
-            # The terminal has sent Ctrl-C to torchrun too. It passes a signal on, and ends after its processes.
-            child.wait()
-            raise
+    child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt as signalled:
+        if isinstance(signalled, TerminationSignal):
+            child.terminate()
+        # The terminal has sent Ctrl-C to torchrun too. It passes a signal on, and ends after its processes.
+        child.wait()
+        raise
     if code:
         raise TrainingFailed(code if code > 0 else 128 - code)
     return _written_report(config, overrides) if report else {}

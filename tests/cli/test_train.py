@@ -31,9 +31,11 @@ class Training(ModuleType):
         self.output_dir = output_dir
         self.calls: list[tuple[str, list[str]]] = []
         self.error: Exception | None = None
+        self.at_sigterm: object = None
 
     def run(self, config: str, overrides: list[str]) -> Report:
         self.calls.append((config, overrides))
+        self.at_sigterm = signal.getsignal(signal.SIGTERM)
         sys.stdout.write("a library prints\n")
         if self.error is not None:
             raise self.error
@@ -114,6 +116,11 @@ def test_the_exit_code_of_torchrun_is_passed_on(
     ran = ckpt("train", config, "--nproc-per-node", 2)
     assert ran.code == code
     assert f"error: training ended with exit code {code}\n" in ran.stderr
+
+
+def test_training_in_this_process_finds_sigterm_as_it_is(ckpt: Run, config: Path, training: Training) -> None:
+    ckpt("train", config)
+    assert training.at_sigterm is signal.SIG_DFL
 
 
 TERMINATED = """
