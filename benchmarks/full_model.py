@@ -3,10 +3,10 @@
     python benchmarks/full_model.py --case qwen3-30b --gpus 4 --scratch /tmp/full-model
     python benchmarks/full_model.py --case qwen3-30b --gpus 4 --dry
 
-Weights are made by each process on its own device; a step is trained before the save and after it. `save` is what
-`ckpt train` writes (with `--optimizer` its states, too), `export` is `save_pretrained` from the mesh, and the rest are
-the commands, as processes from start to end. Prints a table with GB/s and writes JSON after every phase. The page cache
-is not emptied in between, as it would not be after training.
+Weights are made by each process on its own device; steps are trained before the save and after it. `save` is what
+`ckpt train` writes (with `--optimizer` its states, too), `beside` the same while training goes on, `export` is
+`save_pretrained` from the mesh, and the rest are the commands, as processes from start to end. Prints a table with GB/s
+and writes JSON after every phase. The page cache is not emptied in between, as it would not be after training.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +32,11 @@ from training_cases import CASES
 if TYPE_CHECKING:
     from training_trainee import Trainee
 
-PHASES = ("save", "export", "consolidate", "verify", "against")
-"""`against` compares the repository with the checkpoint, bit for bit; `verify` compares its digests."""
+PHASES = ("save", "beside", "export", "consolidate", "verify", "against")
+"""`beside` saves again while training goes on; `verify` compares digests, `against` the repository with the checkpoint,
+bit for bit."""
 
-ON_DEVICES = ("save", "export")
+ON_DEVICES = ("save", "beside", "export")
 """Phases of the training processes."""
 
 
@@ -175,6 +177,8 @@ def _acts(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[str,
         _, seconds = _timed(write)
         yield {"phase": "save", **_rate(_bytes_of(state), seconds)}
         yield from _steps(trainee, arguments, arguments.steps, "step after the save")
+    if "beside" in phases:
+        yield from _beside(trainee, arguments)
     if "export" in phases:
         exported = arguments.scratch / "exported"
         _, seconds = _timed(lambda: trainee.model.save_pretrained(exported))
@@ -189,6 +193,34 @@ def _steps(trainee: Trainee, arguments: argparse.Namespace, count: int, phase: s
         ids = torch.randint(0, trainee.model.config.vocab_size, (1, arguments.sequence))
         (loss, _), seconds = _timed(partial(trainee.step, ids))
         yield {"phase": phase, "seconds": seconds, "loss": round(float(loss), 4)}
+
+
+def _beside(trainee: Trainee, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A save from copies in host memory: taking that, how long training stands still, steps meanwhile, all of it."""
+    import torch
+
+    from automodel.checkpoint import Saver
+
+    device = next(trainee.model.parameters()).device
+    with Saver("on", device, timedelta(seconds=arguments.limit)) as saver:
+        state, write = _checkpoint(trainee, arguments)
+        _, seconds = _timed(partial(_touch, _bytes_of(state) // torch.distributed.get_world_size()))
+        yield {"phase": "touch host memory", "seconds": seconds}
+        _, seconds = _timed(partial(saver.reserve, state))
+        yield {"phase": "take host memory", "seconds": seconds}
+        begun = time.perf_counter()
+        _, seconds = _timed(partial(saver.save, arguments.scratch / "step", state, write))
+        yield {"phase": "standing still", **_rate(_bytes_of(state), seconds)}
+        yield from _steps(trainee, arguments, arguments.steps, "step beside the save")
+        _timed(saver.wait)
+        yield {"phase": "save beside steps", **_rate(_bytes_of(state), time.perf_counter() - begun)}
+
+
+def _touch(nbytes: int) -> None:
+    """Use so much host memory and give it back: a virtual machine may grow only then, and seem to have too little."""
+    import torch
+
+    torch.ones(nbytes, dtype=torch.uint8)
 
 
 def _checkpoint(trainee: Trainee, arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[..., None]]:

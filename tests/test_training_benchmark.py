@@ -51,6 +51,7 @@ def test_a_model_goes_from_its_processes_to_a_repository_that_equals_it(tmp_path
     rows = {row["phase"]: row for row in document["rows"]}
     assert [*rows] == [
         *("make weights", "step before the save", "save", "step after the save"),
+        *("touch host memory", "take host memory", "standing still", "step beside the save", "save beside steps"),
         *("export", "consolidate", "verify", "against"),
     ]
     # Parameters and two states of AdamW, but for its counts of steps.
