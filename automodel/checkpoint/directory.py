@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ckpt_tools.engine.files import storage_errors
+from ckpt_tools.core.storage import storage_errors
 
 _STEP = re.compile(r"step-(\d{6,})")
 

@@ -30,7 +30,8 @@ from torch.futures import Future
 from automodel.parallel.local import host_bytes
 from ckpt_tools.core.dtypes import BY_TORCH_NAME
 from ckpt_tools.core.errors import CkptError, UsageError
-from ckpt_tools.engine.files import FileWriter, storage_errors
+from ckpt_tools.core.storage import storage_errors
+from ckpt_tools.engine.files import FileWriter
 from ckpt_tools.formats.dcp.blob import Frame, frame
 
 PIECE_BYTES = 64 << 20

@@ -14,7 +14,7 @@ from automodel.models.saving import RepositorySaving, add_saving, attach_files, 
 from automodel.parallel.agree import raise_together
 from automodel.training.model import Source
 from automodel.training.processes import is_first
-from ckpt_tools.engine.files import storage_errors
+from ckpt_tools.core.storage import storage_errors
 
 _logger = get_logger(__name__)
 

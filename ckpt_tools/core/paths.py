@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from ckpt_tools.core.errors import FormatError, NotFoundError, StorageError
+from ckpt_tools.core.errors import FormatError, NotFoundError
+from ckpt_tools.core.storage import storage_error, storage_errors
 
 _MAX_LENGTH: Final = 1024
 _MAX_COMPONENT: Final = 255  # bytes, on every file system that matters
@@ -75,16 +76,14 @@ def is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StorageError(f"cannot look at {path}: {error.strerror}") from error
+        raise storage_error("look at", path, error) from error
     return True
 
 
 def close_input(fd: int, path: Path) -> None:
     """Closes what `open_input` gave; raises `StorageError` when the operating system fails that."""
-    try:
+    with storage_errors("close", path):
         os.close(fd)
-    except OSError as error:
-        raise StorageError(f"cannot close {path}: {error.strerror}") from error
 
 
 def open_input(path: Path, root: Path | None = None) -> int:
@@ -114,8 +113,7 @@ def open_input(path: Path, root: Path | None = None) -> int:
         fault = _BAD_PATHS.get(error.errno or 0)
         if fault is not None:
             raise FormatError(f"{path} {fault}") from None
-        hint = "check the permissions" if error.errno in (errno.EACCES, errno.EPERM) else None
-        raise StorageError(f"cannot open {path}: {error.strerror}", hint=hint) from error
+        raise storage_error("open", path, error) from error
     if found is None:
         raise FormatError(f"{path} was exchanged for a link while it was opened")
     if not stat.S_ISREG(os.fstat(found).st_mode):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_tools.core.errors import ResourceError
+from ckpt_tools.core.storage import nearest_directory, storage_errors
 from ckpt_tools.engine.ends import Encoded
 from ckpt_tools.engine.execute import WINDOW, Progress, default_threads, window_items
-from ckpt_tools.engine.files import nearest_directory, storage_errors
 from ckpt_tools.engine.plan import Plan
 from ckpt_tools.engine.ranges import ROOM
 from ckpt_tools.engine.staging import Staging

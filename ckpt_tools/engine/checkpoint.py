@@ -12,10 +12,11 @@ from ckpt_tools.core.collector import no_collection
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.errors import FormatError, LayoutError, NotFoundError
 from ckpt_tools.core.paths import is_there
+from ckpt_tools.core.storage import storage_errors
 from ckpt_tools.core.tensors import Store, StoredTensor
 from ckpt_tools.engine.ends import End, leaf_ends, prove_end
 from ckpt_tools.engine.extents import addressable
-from ckpt_tools.engine.files import Identity, identities, storage_errors
+from ckpt_tools.engine.files import Identity, identities
 from ckpt_tools.engine.manifest import Manifest, read_manifest
 from ckpt_tools.engine.recognise import recognise
 from ckpt_tools.formats import dcp, hf, sharded_safetensors

@@ -19,8 +19,9 @@ from typing import Literal
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.paths import open_input
 from ckpt_tools.core.scratch import scratch
+from ckpt_tools.core.storage import closing, nearest_directory, storage_errors
 from ckpt_tools.engine.execute import WINDOW
-from ckpt_tools.engine.files import FileReader, FileWriter, closing, nearest_directory, storage_errors
+from ckpt_tools.engine.files import FileReader, FileWriter
 from ckpt_tools.engine.sharing import Run, Sharing
 from ckpt_tools.formats.remote import place, remote_files
 

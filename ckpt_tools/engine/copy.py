@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import InputChangedError, MismatchError
 from ckpt_tools.core.paths import is_there
+from ckpt_tools.core.storage import storage_errors
 from ckpt_tools.core.tensors import TargetFiles
 from ckpt_tools.engine import cloning
 from ckpt_tools.engine.bounds import CopyOptions, check_room, shared_bytes, thread_bytes
 from ckpt_tools.engine.checksums import RecordedPass, recorded_of
 from ckpt_tools.engine.digest import ALGORITHM
 from ckpt_tools.engine.execute import Copied, Executed, collect, execute, run_tasks, tasks_of
-from ckpt_tools.engine.files import FileReader, FileWriter, identity_of, storage_errors
+from ckpt_tools.engine.files import FileReader, FileWriter, identity_of
 from ckpt_tools.engine.inputs import check_apart, check_unchanged
 from ckpt_tools.engine.journal import FileJournal, boot_mark
 from ckpt_tools.engine.manifest import MANIFEST, Manifest

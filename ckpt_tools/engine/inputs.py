@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.paths import is_there
+from ckpt_tools.core.storage import storage_errors
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.files import check_identity, identity_of, storage_errors
+from ckpt_tools.engine.files import check_identity, identity_of
 from ckpt_tools.engine.manifest import MANIFEST
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.hf import SideFile

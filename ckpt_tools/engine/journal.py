@@ -15,8 +15,8 @@ import struct
 import threading
 from pathlib import Path
 
+from ckpt_tools.core.storage import closing, pwrite_all, storage_errors, write_file
 from ckpt_tools.engine.execute import Journal, Outcome
-from ckpt_tools.engine.files import closing, pwrite_all, storage_errors, write_file
 from ckpt_tools.formats.documents import pread_exact
 
 JOURNAL = ".ckpt-journal"

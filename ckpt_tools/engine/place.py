@@ -10,8 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt_tools.core.storage import nearest_directory, storage_errors
 from ckpt_tools.engine.cloning import shares_blocks
-from ckpt_tools.engine.files import nearest_directory, storage_errors, writes_behind
+from ckpt_tools.engine.files import writes_behind
 
 _MOUNTS = Path("/proc/self/mountinfo")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tools.core.errors import RankError, UsageError
-from ckpt_tools.engine.files import storage_errors
+from ckpt_tools.core.storage import storage_errors
 
 JOIN_SECONDS = 120.0
 """How long processes wait for each other at the start. NFS may hide a new file from another machine for 60 s."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from ckpt_tools.core.dtypes import DType
 from ckpt_tools.core.paths import is_there
+from ckpt_tools.core.storage import storage_errors
 from ckpt_tools.engine.checkpoint import Checkpoint
-from ckpt_tools.engine.files import storage_errors
 from ckpt_tools.families import family_of
 from ckpt_tools.formats import hf
 from ckpt_tools.formats.config import portable_config

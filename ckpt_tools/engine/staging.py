@@ -24,16 +24,9 @@ import xxhash
 from ckpt_tools.core.errors import LockedError, OutputExistsError, StorageError, UsageError
 from ckpt_tools.core.paths import is_there
 from ckpt_tools.core.scratch import scratch
+from ckpt_tools.core.storage import closing, make_directories, pwrite_all, storage_errors, sync_directory, write_file
 from ckpt_tools.engine.execute import Outcome
-from ckpt_tools.engine.files import (
-    FileReader,
-    closing,
-    make_directories,
-    pwrite_all,
-    storage_errors,
-    sync_directory,
-    write_file,
-)
+from ckpt_tools.engine.files import FileReader
 from ckpt_tools.engine.journal import JOURNAL, FileJournal, read_journal
 from ckpt_tools.formats.hf import SideFile
 

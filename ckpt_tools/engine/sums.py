@@ -11,8 +11,9 @@ from pathlib import Path
 from ckpt_tools.core.errors import FormatError, MismatchError, listed
 from ckpt_tools.core.paths import safe_join
 from ckpt_tools.core.scratch import scratch
+from ckpt_tools.core.storage import storage_errors
 from ckpt_tools.engine.execute import Progress, run_threads
-from ckpt_tools.engine.files import FileReader, storage_errors
+from ckpt_tools.engine.files import FileReader
 from ckpt_tools.formats.documents import MAX_DOCUMENT_SIZE, read_whole
 from ckpt_tools.formats.hf import SUMS
 
