@@ -62,7 +62,7 @@ def training(document: Document) -> str:
 
 
 def experts(document: Document) -> str:
-    """The table of `experts.json`."""
+    """The table of `experts.json`, or of another model's `experts-*.json`."""
     shape = document["shape"]
     lines = [
         f"**One expert block**, {document['gpu']}: hidden {shape['hidden']}, {shape['experts']} experts of width "
@@ -102,7 +102,7 @@ def dispatch(document: Document) -> str:
 def render(results: Path) -> str:
     """All tables, in the order of their files."""
     parts = [training(_read(path)) for path in sorted(results.glob("training-*.json"))]
-    parts += [experts(_read(path)) for path in sorted(results.glob("experts.json"))]
+    parts += [experts(_read(path)) for path in sorted(results.glob("experts*.json"))]
     parts += [dispatch(_read(path)) for path in sorted(results.glob("dispatch.json"))]
     return "\n".join(parts)
 
