@@ -21,21 +21,22 @@ from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
 from automodel.kernels.flash import flash4_obstacle, flash_obstacle
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
-from automodel.kernels.packages import is_installed
+from automodel.kernels.packages import is_at_least, is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
+from automodel.kernels.sonic import sonic_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
 
 _logger = get_logger(__name__)
 
-ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused"]
+ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused", "sonic"]
 NormChoice = Literal["auto", "torch", "fused"]
 MambaChoice = Literal["auto", "torch", "fused"]
-DispatchChoice = Literal["auto", "all_to_all", "symmetric"]
+DispatchChoice = Literal["auto", "all_to_all", "symmetric", "deepep"]
 LinearAttentionChoice = Literal["auto", "torch", "fla"]
 NormKernel = Literal["torch", "fused"]
-DispatchKernel = Literal["all_to_all", "symmetric"]
+DispatchKernel = Literal["all_to_all", "symmetric", "deepep"]
 SdpaChoice = Literal["auto", "torch", "cudnn", "flash4"]
 LayersChoice = Literal["auto", "eager", "compiled"]
 LossChoice = Literal["auto", "torch", "fused"]
@@ -49,9 +50,10 @@ class Backend:
 
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
-            Triton kernels around the products.
+            Triton kernels around the products, `"sonic"` is SonicMoE's products, which do that work themselves.
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
-            host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other.
+            host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
+            `"deepep"` through DeepEP. `"auto"` takes neither this nor `"sonic"`, until they are measured to be faster.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
         linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
@@ -109,10 +111,15 @@ _CHOICES = {
     "layers": LayersChoice,
     "loss": LossChoice,
 }
+WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
+"""Experts that apply the routing weights themselves."""
 _REFERENCES = ("torch", "eager", "all_to_all")
 _REFERENCE = {
     layer: next(name for name in _REFERENCES if name in get_args(choice)) for layer, choice in _CHOICES.items()
 }
+
+
+_BY_NAME = "{} can run, and runs when asked for by name: it has not been measured to be faster"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +158,19 @@ def resolve_experts(
     hidden: int,
     width: int,
     activation: GatedActivation | Ungated = SWIGLU,
+    *,
+    bias: bool = False,
 ) -> ResolvedExperts:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
     """
+    sonic = sonic_obstacle(device, dtype, hidden, width, activation, bias=bias)
+    if backend.experts == "sonic":
+        if sonic is not None:
+            raise UsageError(f"the experts backend sonic cannot run here: {sonic}", hint='use backend="auto"')
+        return ResolvedExperts("sonic")
     reason = ""
     for kernel, obstacle in (
         ("fused", lambda: fused_obstacle(device, dtype, hidden, width, activation)),
@@ -167,6 +181,8 @@ def resolve_experts(
             continue
         found = obstacle()
         if found is None:
+            if backend.experts == "auto" and kernel == "fused" and sonic is None:
+                reason = _BY_NAME.format("sonic")
             return ResolvedExperts(kernel, reason)
         if backend.experts == kernel:
             raise UsageError(f"the experts backend {kernel} cannot run here: {found}", hint='use backend="auto"')
@@ -182,14 +198,22 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
         obstacle: why the processes cannot read each other's memory, None where they can.
 
     Raises:
-        UsageError: `symmetric` was asked for by name and cannot run.
+        UsageError: `symmetric` or `deepep` was asked for by name and cannot run.
     """
     if backend.dispatch == "all_to_all":
         return ResolvedDispatch("all_to_all", "asked for")
+    if backend.dispatch == "deepep":
+        if experts not in WEIGHING:
+            raise UsageError(
+                "the dispatch backend deepep cannot run here: it adds up a token's rows where their experts are, which "
+                f"have to weight them, as {' and '.join(WEIGHING)} do, and these run {experts}",
+                hint='use backend="auto"',
+            )
+        return ResolvedDispatch("deepep")
     if obstacle is None and experts != "fused":
         obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
     if obstacle is None:
-        return ResolvedDispatch("symmetric")
+        return ResolvedDispatch("symmetric", _BY_NAME.format("deepep") if is_at_least("deep_ep", 1) else "")
     if backend.dispatch == "symmetric":
         raise UsageError(f"the dispatch backend symmetric cannot run here: {obstacle}", hint='use backend="auto"')
     return ResolvedDispatch("all_to_all", obstacle)

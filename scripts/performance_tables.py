@@ -171,7 +171,7 @@ def full_model(document: Document) -> str:
 
 
 def experts(document: Document) -> str:
-    """The table of `experts.json`."""
+    """The table of `experts.json`, or of another model's `experts-*.json`."""
     shape = document["shape"]
     lines = [
         f"**One expert block**, {document['gpu']}: hidden {shape['hidden']}, {shape['experts']} experts of width "
@@ -212,7 +212,8 @@ def gpu() -> str:
     """The tables of what was measured on GPUs."""
     parts = [training(run) for run in training_runs()]
     parts += [full_model(_read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
-    return "\n".join([*parts, experts(_read("experts.json")), dispatch(_read("dispatch.json"))])
+    parts += [experts(_read(path.name)) for path in sorted(RESULTS.glob("experts*.json"))]
+    return "\n".join([*parts, dispatch(_read("dispatch.json"))])
 
 
 def training_runs() -> Iterator[Document]:

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated, activate
 from automodel.kernels.packages import is_installed
 
-ExpertsKernel = Literal["torch", "grouped_mm", "fused"]
+ExpertsKernel = Literal["torch", "grouped_mm", "fused", "sonic"]
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _GROUPED_DTYPES = {
@@ -81,7 +81,7 @@ def expert_mlp(
         gate_up_E2FD: gate rows then up rows of each expert; for an `Ungated` activation up rows only, [E, F, D].
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
-            `grouped_mm_obstacle` tells. The third kernel, `"fused"`, is `fused_experts`.
+            `grouped_mm_obstacle` tells. The other kernels are `fused_experts` and `sonic_experts`.
         activation: of the gate half and the up half, or `Ungated`.
         gate_up_bias_E2F, down_bias_ED: added to the two projections.
 

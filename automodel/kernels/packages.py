@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import metadata
+from itertools import takewhile
 
 import torch
 
@@ -20,8 +22,7 @@ KERNEL_PACKAGES = (
         "attention, linear layers and FP8",
         "--no-build-isolation 'transformer-engine[pytorch]'",
     ),
-    # It pins an older torch and works with newer ones.
-    Package("sonic-moe", "sonicmoe", "experts", "quack-kernels && pip install --no-deps sonic-moe"),
+    Package("quack-kernels", "quack", "SonicMoE's experts", "'quack-kernels>=0.6'"),
     Package("deep_ep", "deep_ep", "dispatch", "--no-build-isolation git+https://github.com/deepseek-ai/DeepEP"),
     Package("mamba_ssm", "mamba_ssm", "Mamba-2 layers", "--no-build-isolation mamba-ssm"),
     Package(
@@ -57,6 +58,24 @@ def recorded_misses() -> Iterator[list[str]]:
         yield misses
     finally:
         _misses.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def is_at_least(distribution: str, *release: int) -> bool:
+    """Whether a distribution is installed in this release or a newer one, `is_at_least("triton", 3, 3)`.
+
+    It does not count as missed where it is not: this is also asked of packages that `backend="auto"` does not take.
+    """
+    return _release(distribution)[: len(release)] >= release
+
+
+@cache
+def _release(distribution: str) -> tuple[int, ...]:
+    try:
+        parts = metadata.version(distribution).split(".")
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in takewhile(str.isdecimal, parts))
 
 
 @cache

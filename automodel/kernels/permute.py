@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.packages import is_installed
@@ -66,7 +67,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inverse_M,) = ctx.saved_tensors
-        return _token_sums(grad_MD.contiguous(), inverse_M, ctx.top_k), None, None, None
+        return token_sums(grad_MD.contiguous(), inverse_M, ctx.top_k), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -78,7 +79,7 @@ class _Gather(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(token_M, inverse_M)
         ctx.top_k = top_k
-        return _token_sums(rows_MD, inverse_M, top_k)
+        return token_sums(rows_MD, inverse_M, top_k)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -94,12 +95,12 @@ class _Permute(torch.autograd.Function):
         ctx: FunctionCtx, rows_MD: torch.Tensor, index_M: torch.Tensor, inverse_M: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse_M)
-        return _gather(rows_MD, index_M)
+        return gather(rows_MD, index_M)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inverse_M,) = ctx.saved_tensors
-        return _gather(grad_MD, inverse_M), None, None
+        return gather(grad_MD, inverse_M), None, None
 
 
 def rows_by_expert(x_ND: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
@@ -123,10 +124,14 @@ def combine_rows(rows_MD: torch.Tensor, weight_NK: torch.Tensor, order: ExpertOr
     return (pairs_NKD * weight_NK.unsqueeze(-1)).sum(1).to(rows_MD.dtype)
 
 
-def _token_sums(rows_MD: torch.Tensor, inverse_M: torch.Tensor, top_k: int) -> torch.Tensor:
+def token_sums(rows_MD: torch.Tensor, place_NK: torch.Tensor, top_k: int) -> torch.Tensor:
+    """For each token the sum of its rows in FP32, [N, D]: `place_NK` [N * K] says where they are, M or more that there
+    is none. Not differentiable, like `gather`."""
     if kernels := _triton(rows_MD):
-        return kernels.sum_rows(rows_MD, inverse_M, top_k)
-    return rows_MD.index_select(0, inverse_M).view(-1, top_k, rows_MD.shape[-1]).sum(1)
+        return kernels.sum_rows(rows_MD, place_NK, top_k)
+    with_zeros = F.pad(rows_MD, (0, 0, 0, 1))
+    rows = with_zeros.index_select(0, place_NK.clamp(max=len(rows_MD)))
+    return rows.view(-1, top_k, rows_MD.shape[-1]).sum(1)
 
 
 def _spread(x_ND: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -135,7 +140,8 @@ def _spread(x_ND: torch.Tensor, token_M: torch.Tensor, inverse_M: torch.Tensor, 
     return x_ND.index_select(0, token_M)
 
 
-def _gather(rows_MD: torch.Tensor, index_M: torch.Tensor) -> torch.Tensor:
+def gather(rows_MD: torch.Tensor, index_M: torch.Tensor) -> torch.Tensor:
+    """rows[index], [len(index), D]."""
     if kernels := _triton(rows_MD):
         return kernels.gather_rows(rows_MD.contiguous(), index_M)
     return rows_MD.index_select(0, index_M)

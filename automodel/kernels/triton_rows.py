@@ -169,20 +169,25 @@ def _spread_rows(x, index, out, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _sum_rows(
-    rows, index, weight, bias, expert, out,
-    C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    rows, index, factor, weight, bias, expert, out, count,
+    C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < C
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         row = tl.load(index + token * K + k).to(tl.int64)
-        total += tl.load(rows + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        present = row < count
+        inside = (column < C) & present
+        value = tl.load(rows + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_FACTOR:
+            value *= tl.load(factor + row, mask=present, other=0.0)
+        total += value
         if HAS_BIAS:
-            own = bias + tl.load(expert + row).to(tl.int64) * C
-            total += tl.load(weight + row) * tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * C + column, total.to(out.dtype.element_ty), mask=inside)
+            own = bias + tl.load(expert + row, mask=present, other=0).to(tl.int64) * C
+            value = tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(weight + row, mask=present, other=0.0) * value
+    tl.store(out + token * C + column, total.to(out.dtype.element_ty), mask=column < C)
 
 
 @triton.jit
@@ -306,6 +311,7 @@ def sum_rows(
     index: torch.Tensor,
     top_k: int,
     *,
+    factor: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     expert: torch.Tensor | None = None,
@@ -314,7 +320,8 @@ def sum_rows(
 
     Args:
         rows: [M, C].
-        index: int [N * K].
+        index: int [N * K]; where it is M or more there is no row.
+        factor: FP32 [M], times which each row counts.
         bias: [E, C]; each row also counts `weight` (FP32 [M]) times the bias of its `expert` (int [M]).
     """
     tokens, columns = index.numel() // top_k, rows.shape[1]
@@ -322,8 +329,9 @@ def sum_rows(
     if tokens:
         block = triton.next_power_of_2(columns)
         _sum_rows[(tokens,)](
-            rows, index, weight, bias, expert, out, columns, top_k, block, bias is not None, num_warps=_warps(block)
-        )
+            rows, index, factor, weight, bias, expert, out, len(rows),
+            columns, top_k, block, factor is not None, bias is not None, num_warps=_warps(block),
+        )  # fmt: skip
     return out
 
 

@@ -250,7 +250,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
     def _experts_kernel(self, moe: MoeSpec, weight: Placement) -> ResolvedExperts:
         activation = moe.activation or Gated(self.spec.activation)
         hidden = moe.latent_size or self.spec.hidden_size
-        return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation)
+        return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation, bias=moe.bias)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

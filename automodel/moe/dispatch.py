@@ -1,9 +1,9 @@
 """Moving tokens to the processes that hold their experts, and the results back, with gradients.
 
-`AllToAllDispatcher` is what `Experts` talks to when its parameters are divided over an `ep` axis. Both directions are
-permutations around one uneven all-to-all, so every backward pass is a gather by the inverse permutation. Shape
-suffixes: N tokens of this process, K experts a token, R = N * K rows sent, M rows that this process's experts receive,
-D hidden.
+A dispatcher is what `Experts` talks to when its parameters are divided over an `ep` axis. Both directions of
+`AllToAllDispatcher` are permutations around one uneven all-to-all, so every backward pass is a gather by the inverse
+permutation. Shape suffixes: N tokens of this process, K experts a token, R = N * K rows sent, M rows that this
+process's experts receive, D hidden.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ class DispatchState:
     received: list[int]
 
 
-class AllToAllDispatcher:
-    """Token exchange over the processes of an expert-parallel group.
+class GroupDispatcher:
+    """How the processes of an expert-parallel group divide the experts; they call each method together.
 
-    Experts are divided in chunks of ceil(E / group size), as `DTensor` does with `Shard(0)`: the last processes may
-    hold fewer, or none. Works for gloo and NCCL; all processes of the group call each method together.
+    Chunks are ceil(E / group size), as `DTensor` does with `Shard(0)`: the last processes may hold fewer, or none.
 
     Args:
         group: the processes that divide the experts.
@@ -70,6 +69,10 @@ class AllToAllDispatcher:
         The exchange sums them over the group's tokens, while every other gradient is a mean over processes.
         """
         return 1 / self.size
+
+
+class AllToAllDispatcher(GroupDispatcher):
+    """Token exchange by collectives, gloo's or NCCL's."""
 
     def dispatch(
         self, x_ND: Tensor, expert_index_NK: Tensor, weight_NK: Tensor | None = None

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from automodel.backends import Backend, ResolvedDispatch, resolve_dispatch, resolve_experts
+from automodel.backends import WEIGHING, Backend, ResolvedDispatch, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
+from automodel.kernels.sonic import sonic_experts
 from automodel.moe.peers import Peers
 from automodel.parallel.local import local_part
 
@@ -93,8 +94,8 @@ class Experts(nn.Module):
         kernel = self.kernel_for(x_ND)
         if self.dispatcher is not None and self.resolve_dispatch(kernel).kernel == "symmetric":
             return self._through_peers(x_ND, expert_index_NK, weight_NK)
-        if kernel == "fused":
-            return self._fused(x_ND, expert_index_NK, weight_NK)
+        if kernel in WEIGHING:
+            return self._weighing(x_ND, expert_index_NK, weight_NK, kernel)
         if self.dispatcher is not None:
             return self._dispatched(self.dispatcher, x_ND, expert_index_NK, weight_NK, kernel)
         order = sort_by_expert(expert_index_NK, self.num_experts)
@@ -120,7 +121,8 @@ class Experts(nn.Module):
     def kernel_for(self, x: torch.Tensor) -> ExpertsKernel:
         """Which kernel runs on the device and in the dtype of `x`."""
         _, hidden, width = self.down_proj.shape
-        return resolve_experts(self.backend, x.device, x.dtype, hidden, width, self.activation).kernel
+        bias = self.down_proj_bias is not None
+        return resolve_experts(self.backend, x.device, x.dtype, hidden, width, self.activation, bias=bias).kernel
 
     def _multiply(self, rows_MD: torch.Tensor, counts: torch.Tensor, kernel: ExpertsKernel) -> torch.Tensor:
         gate_up, down, gate_up_bias, down_bias = self._parameters_here()
@@ -136,19 +138,24 @@ class Experts(nn.Module):
         )
 
     @torch.compiler.disable
-    def _fused(self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    def _weighing(
+        self, x_ND: torch.Tensor, expert_index_NK: torch.Tensor, weight_NK: torch.Tensor, kernel: ExpertsKernel
+    ) -> torch.Tensor:
         from automodel.kernels.fused_experts import fused_experts
         from automodel.kernels.triton_rows import activation_form
 
         gate_up, down, gate_up_bias, down_bias = self._parameters_here()
-        run = partial(
-            fused_experts,
-            gate_up_E2FD=gate_up,
-            down_EDF=down,
-            form=activation_form(self.activation),
-            gate_up_bias_E2F=gate_up_bias,
-            down_bias_ED=down_bias,
-        )
+        if kernel == "sonic":
+            run = partial(sonic_experts, gate_up_E2FD=gate_up, down_EDF=down, activation=self.activation)
+        else:
+            run = partial(
+                fused_experts,
+                gate_up_E2FD=gate_up,
+                down_EDF=down,
+                form=activation_form(self.activation),
+                gate_up_bias_E2F=gate_up_bias,
+                down_bias_ED=down_bias,
+            )
         if self.dispatcher is None:
             order = sort_by_expert(expert_index_NK, self.num_experts)
             return run(x_ND, weight_NK, order.counts_E, order=order)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from automodel.moe.deepep import DeepEPDispatcher, open_buffer
 from automodel.moe.dispatch import AllToAllDispatcher
 from automodel.moe.peers import open_peers
 from automodel.parallel.mesh import ParallelMesh
@@ -28,6 +29,9 @@ def divide_experts(experts: nn.Module, ep_mesh: DeviceMesh, device: torch.device
 
     Chunks are ceil(E / size), so the number of experts need not be a multiple; the last processes may hold none.
     Parameters on the meta device stay there; others are moved to `device`.
+
+    Raises:
+        UsageError: the backend asks for `deepep`, which cannot run here.
     """
     num_experts = 0
     for name, parameter in list(experts.named_parameters(recurse=False)):
@@ -40,9 +44,15 @@ def divide_experts(experts: nn.Module, ep_mesh: DeviceMesh, device: torch.device
             local, ep_mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         setattr(experts, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-    experts.dispatcher = AllToAllDispatcher(ep_mesh.get_group(), num_experts)
+    group = ep_mesh.get_group()
+    if experts.backend.dispatch == "deepep":
+        experts.dispatcher = DeepEPDispatcher(
+            open_buffer(group, device, experts.down_proj.shape[1]), group, num_experts
+        )
+        return
+    experts.dispatcher = AllToAllDispatcher(group, num_experts)
     if experts.backend.dispatch != "all_to_all":
-        experts.peers = open_peers(ep_mesh.get_group(), device)
+        experts.peers = open_peers(group, device)
 
 
 def shard_experts(

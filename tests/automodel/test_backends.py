@@ -17,6 +17,7 @@ from automodel.backends import (
     resolve_mamba,
     resolve_norm,
 )
+from automodel.kernels.packages import is_at_least
 from automodel.logging import log_once
 from ckpt_tools.core.errors import UsageError
 
@@ -72,6 +73,38 @@ def test_dispatch_is_symmetric_where_peers_and_kernel_allow_and_otherwise_says_w
     assert resolve_dispatch(Backend(dispatch="all_to_all"), "fused", None).reason == "asked for"
     with pytest.raises(UsageError, match="2 hosts"):
         resolve_dispatch(Backend(dispatch="symmetric"), "fused", "the ep axis is on 2 hosts")
+
+
+def test_sonic_experts_run_when_asked_for_and_the_report_says_that_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("automodel.backends.fused_obstacle", lambda *_: None)
+    monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: None)
+    assert resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64).kernel == "sonic"
+    automatic = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64)
+    assert automatic.kernel == "fused"
+    assert "sonic can run" in automatic.reason
+    assert resolve_experts(Backend(experts="fused"), cuda, torch.bfloat16, 64, 64).reason == ""
+    monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: "it is Tuesday")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64).reason == ""
+    with pytest.raises(UsageError, match="sonic cannot run here: it is Tuesday"):
+        resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64)
+
+
+def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("fused", "sonic"):
+        assert resolve_dispatch(Backend(dispatch="deepep"), kernel, None).kernel == "deepep"
+    with pytest.raises(UsageError, match="these run grouped_mm"):
+        resolve_dispatch(Backend(dispatch="deepep"), "grouped_mm", None)
+    assert resolve_dispatch(Backend(), "fused", None).reason == ""
+    monkeypatch.setattr("automodel.backends.is_at_least", lambda _: True)
+    assert "deepep can run" in resolve_dispatch(Backend(), "fused", None).reason
+
+
+def test_releases_of_packages_are_compared_by_number() -> None:
+    assert is_at_least("torch", 2, 4)
+    assert is_at_least("torch", 1, 99, 99)
+    assert not is_at_least("torch", 99)
+    assert not is_at_least("no-such-distribution", 0)
 
 
 def test_mamba_layers_fall_back_with_a_reason_and_fused_kernels_by_name_refuse() -> None:

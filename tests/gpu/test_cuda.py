@@ -49,13 +49,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("dtype", "backend", "tolerance"),
-    [(torch.float32, "torch", 1e-5), (torch.bfloat16, "auto", 0.02)],
+    [(torch.float32, "torch", 1e-5), (torch.bfloat16, "auto", 0.02), (torch.bfloat16, "sonic", 0.02)],
 )
 def test_logits_and_gradients_on_the_gpu_are_those_of_float32_transformers(
     source: Path, dtype: torch.dtype, backend: str, tolerance: float
 ) -> None:
     from automodel import NeMoAutoModelForCausalLM
 
+    if backend == "sonic":
+        pytest.importorskip("quack")
     ids = torch.randint(0, SIZES["vocab_size"], (4, 256), device="cuda")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).cuda()
     ours = NeMoAutoModelForCausalLM.from_pretrained(source, dtype=dtype, device="cuda", backend=backend)

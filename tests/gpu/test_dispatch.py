@@ -1,4 +1,4 @@
-"""Experts over GPUs that read each other's memory, against collectives between them and one GPU in FP32.
+"""Experts over GPUs, by each way of dispatch and with each kind of experts, against one GPU in FP32.
 
 Skipped with fewer than two CUDA GPUs. Run on a machine with two or more: `python -m pytest tests/gpu/test_dispatch.py`.
 """
@@ -55,6 +55,23 @@ def inputs(case: dict[str, Any], rank: int, call: int) -> list[torch.Tensor]:
     return [x, index, torch.rand(tokens, CHOICES, generator=generator)]
 
 
+WAYS = [
+    {"dispatch": "symmetric"},
+    {"dispatch": "all_to_all"},
+    {"dispatch": "deepep"},
+    {"dispatch": "all_to_all", "experts": "sonic"},
+    {"dispatch": "deepep", "experts": "sonic"},
+]
+
+
+def require(backend: dict[str, str]) -> None:
+    """Skip where what the backend needs is not installed."""
+    if backend["dispatch"] == "deepep":
+        pytest.importorskip("deep_ep")
+    if backend.get("experts") == "sonic":
+        pytest.importorskip("quack")
+
+
 def layer(case: dict[str, Any], backend: str | dict[str, str]) -> Any:
     from automodel.backends import Backend
     from automodel.kernels.activations import SWIGLU, ClampedSwiGLU
@@ -69,16 +86,16 @@ def layer(case: dict[str, Any], backend: str | dict[str, str]) -> Any:
     return made
 
 
-def divided(rank: int, world: int, case: dict[str, Any], dispatch: str, calls: int) -> list[torch.Tensor]:
+def divided(rank: int, world: int, case: dict[str, Any], backend: dict[str, str], calls: int) -> list[torch.Tensor]:
     """Outputs and gradients of this process after several calls of one layer, forward all and then backward all."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from automodel.parallel.expert import divide_experts
 
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("ep",))
-    experts = layer(case, {"dispatch": dispatch}).bfloat16()
+    experts = layer(case, backend).bfloat16()
     divide_experts(experts, mesh, torch.device("cuda", rank))
-    assert experts.resolve_dispatch("fused").kernel == dispatch, experts.peers
+    assert experts.resolve_dispatch("fused").kernel == backend["dispatch"], experts.peers
     results, losses, leaves = [], [], []
     for call in range(calls):
         x, index, weight = (tensor.cuda() for tensor in inputs(case, rank, call))
@@ -109,26 +126,31 @@ def whole(case: dict[str, Any], calls: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("dispatch", ["symmetric", "all_to_all"])
-def test_values_and_gradients_are_those_of_one_gpu(tmp_path: Path, case: dict[str, Any], dispatch: str) -> None:
+@pytest.mark.parametrize("backend", WAYS, ids=lambda backend: ", ".join(backend.values()))
+def test_values_and_gradients_are_those_of_one_gpu(
+    tmp_path: Path, case: dict[str, Any], backend: dict[str, str]
+) -> None:
+    require(backend)
+    if case.get("bias") and backend.get("experts") == "sonic":
+        pytest.skip("the SonicMoE kernels are called without biases")
     world, calls = len(case["tokens"]), 3
     if world > gpus:
         pytest.skip(f"needs {world} GPUs")
-    ranks = on_gpus(tmp_path, divided, world, case, dispatch, calls)
+    ranks = on_gpus(tmp_path, divided, world, case, backend, calls)
     for number, (exact, *parts) in enumerate(zip(whole(case, calls), *ranks, strict=True)):
         actual = torch.cat(parts) * (world if number >= 3 * calls else 1)
         error = (actual - exact).norm() / exact.norm()
         assert error < 0.02, f"result {number}: {error:.4f}"
 
 
-def many_calls(rank: int, world: int, case: dict[str, Any]) -> list[float]:
+def many_calls(rank: int, world: int, case: dict[str, Any], backend: dict[str, str]) -> list[float]:
     """How far 200 passes of two layers in a row, with other tokens in turn, are from the first pass of each."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from automodel.parallel.expert import divide_experts
 
     mesh = init_device_mesh("cuda", (world,), mesh_dim_names=("ep",))
-    layers = [layer(case, {"dispatch": "symmetric"}).bfloat16() for _ in range(2)]
+    layers = [layer(case, backend).bfloat16() for _ in range(2)]
     for experts in layers:
         divide_experts(experts, mesh, torch.device("cuda", rank))
     batches = [[tensor.cuda() for tensor in inputs(case, rank, call)] for call in range(3)]
@@ -148,6 +170,10 @@ def many_calls(rank: int, world: int, case: dict[str, Any]) -> list[float]:
     return torch.stack([torch.as_tensor(count, device="cuda") for count in differing]).tolist()
 
 
-def test_two_hundred_passes_are_the_same_to_the_bit_however_late_a_process_is(tmp_path: Path) -> None:
-    for counts in on_gpus(tmp_path, many_calls, 2, {"experts": 32, "tokens": (1024, 900), "busy": 32}):
+@pytest.mark.parametrize("backend", [WAYS[0], *WAYS[2:]], ids=lambda backend: ", ".join(backend.values()))
+def test_two_hundred_passes_are_the_same_to_the_bit_however_late_a_process_is(
+    tmp_path: Path, backend: dict[str, str]
+) -> None:
+    require(backend)
+    for counts in on_gpus(tmp_path, many_calls, 2, {"experts": 32, "tokens": (1024, 900), "busy": 32}, backend):
         assert counts == [0] * 200
