@@ -13,8 +13,9 @@ from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated, activate
 from automodel.kernels.packages import is_installed
+from automodel.kernels.te_experts import TeGroupedLinear
 
-ExpertsKernel = Literal["torch", "grouped_mm", "fused"]
+ExpertsKernel = Literal["torch", "grouped_mm", "fused", "te"]
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _GROUPED_DTYPES = {
@@ -81,13 +82,16 @@ def expert_mlp(
         gate_up_E2FD: gate rows then up rows of each expert; for an `Ungated` activation up rows only, [E, F, D].
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
-            `grouped_mm_obstacle` tells. The third kernel, `"fused"`, is `fused_experts`.
+            `grouped_mm_obstacle` tells; `"te"` is TransformerEngine's, and waits for the counts. The fourth kernel,
+            `"fused"`, is `fused_experts`.
         activation: of the gate half and the up half, or `Ungated`.
         gate_up_bias_E2F, down_bias_ED: added to the two projections.
 
     Returns:
         [M, D] in the dtype of `x_MD`.
     """
+    if kernel == "te":
+        return _through_te(x_MD, counts_E, gate_up_E2FD, down_EDF, activation, gate_up_bias_E2F, down_bias_ED)
     if kernel == "grouped_mm":
         ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
         projected = _GroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, ends_E)
@@ -145,6 +149,24 @@ def grouped_weight_gradient(grad_MO: torch.Tensor, x_MI: torch.Tensor, ends_E: t
     if x_MI.shape[0] == 0:
         return x_MI.new_zeros(len(ends_E), grad_MO.shape[1], x_MI.shape[1])
     return _grouped_mm(grad_MO.t(), x_MI, offs=ends_E)
+
+
+@torch.compiler.disable
+def _through_te(
+    x_MD: torch.Tensor,
+    counts_E: torch.Tensor,
+    gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    activation: GatedActivation | Ungated,
+    gate_up_bias_E2F: torch.Tensor | None,
+    down_bias_ED: torch.Tensor | None,
+) -> torch.Tensor:
+    counts = counts_E.tolist()
+    if not counts:
+        # As in the loop below.
+        return x_MD
+    projected = TeGroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, counts)
+    return TeGroupedLinear.apply(activate(projected, activation), down_EDF, down_bias_ED, counts)
 
 
 def _loop(
