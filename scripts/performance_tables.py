@@ -99,11 +99,34 @@ def dispatch(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def transformer_engine(document: Document) -> str:
+    """The table of `te.json`."""
+    cudnn = ".".join(str(part) for part in document["cudnn"])
+    lines = [
+        f"**TransformerEngine's kernels and others**, {document['gpu']}: forward and backward, torch {document['torch']}, "
+        f"TransformerEngine {document['transformer_engine']}, cuDNN {cudnn}.",
+        "",
+        "| | kernel | ms | ms in a CUDA graph | error of the output | of the gradients |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['kernel']} | {row['error'][:80]} | | | |")
+            continue
+        graph = f"{row['graph_ms']:.3f}" if row["graph_ms"] else "not possible"
+        lines.append(
+            f"| {row['case']} | {row['kernel']} | {row['ms']:.3f} | {graph} "
+            f"| {row['output_error']:.1e} | {row['gradient_error']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def render(results: Path) -> str:
     """All tables, in the order of their files."""
     parts = [training(_read(path)) for path in sorted(results.glob("training-*.json"))]
     parts += [experts(_read(path)) for path in sorted(results.glob("experts.json"))]
     parts += [dispatch(_read(path)) for path in sorted(results.glob("dispatch.json"))]
+    parts += [transformer_engine(_read(path)) for path in sorted(results.glob("te.json"))]
     return "\n".join(parts)
 
 

@@ -219,7 +219,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             BackendRow("attention", attending, attention, slower),
             BackendRow("packed or windowed", attending, apart.kernel, apart.reason),
             BackendRow("norm", norms, norm.kernel, norm.reason),
-            *linear_rows(self.modules(), weight.device, weight.dtype),
+            *linear_rows(self.backend, self.modules(), weight.device, weight.dtype),
             BackendRow("layers", compilable, layers.kernel, layers.reason),
             BackendRow("loss", 1, loss.kernel, loss.reason),
         ]

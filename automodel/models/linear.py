@@ -67,14 +67,15 @@ def _resolve_fp8(kernel: LinearKernel, rows: int | None, values_in: int, values_
     return Resolved(kernel) if rows >= enough else Resolved("torch", f"{kernel} pays from {enough:,} tokens on")
 
 
-def linear_rows(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> list[BackendRow]:
-    """What runs the linear layers, and why not all of those that could run what was asked for do."""
+def linear_rows(
+    backend: Backend, modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
+) -> list[BackendRow]:
+    """What runs the linear layers, and why not all of them run what was asked for."""
+    everywhere = backend.linear in ("auto", "torch")
+    fixed = (
+        resolve_linear(backend, device, dtype, None, 0, 0) if everywhere else Resolved("torch", "the head and gates")
+    )
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    found = Counter(m.resolved(device, dtype, None) for m in linears if isinstance(m, Linear))
-    fixed = len(linears) - found.total()
-    rows = [BackendRow("linear", found[how], how.kernel, how.reason) for how in sorted(found, key=_slower)]
-    return [*rows, BackendRow("head and small linear", fixed, "torch", "")]
-
-
-def _slower(resolved: Resolved) -> bool:
-    return resolved.kernel == "torch"
+    found = Counter(m.resolved(device, dtype, None) if isinstance(m, Linear) else fixed for m in linears)
+    ordered = sorted(found, key=lambda how: how.kernel == "torch")
+    return [BackendRow("linear", found[how], how.kernel, how.reason) for how in ordered]
