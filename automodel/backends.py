@@ -22,7 +22,7 @@ from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.kernels.packages import is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
-from automodel.kernels.te import LinearKernel, te_obstacle
+from automodel.kernels.te import LinearKernel, alignment_obstacle, te_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -168,7 +168,7 @@ def resolve_experts(
         UsageError: a kernel was asked for by name and cannot run.
     """
     if backend.experts == "te":
-        if obstacle := te_obstacle(device, dtype):
+        if obstacle := te_obstacle(device, dtype) or alignment_obstacle("te", hidden, width):
             refuse("experts", "te", obstacle)
         return ResolvedExperts("te", "asked for")
     reason = ""

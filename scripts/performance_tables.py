@@ -103,8 +103,8 @@ def transformer_engine(document: Document) -> str:
     """The table of `te.json`."""
     cudnn = ".".join(str(part) for part in document["cudnn"])
     lines = [
-        f"**TransformerEngine's kernels and others**, {document['gpu']}: forward and backward, torch {document['torch']}, "
-        f"TransformerEngine {document['transformer_engine']}, cuDNN {cudnn}.",
+        f"**TransformerEngine's kernels and others**, {document['gpu']}: forward and backward, torch "
+        f"{document['torch']}, TransformerEngine {document['transformer_engine']}, cuDNN {cudnn}.",
         "",
         "| | kernel | ms | ms in a CUDA graph | error of the output | of the gradients |",
         "|---|---|---|---|---|---|",

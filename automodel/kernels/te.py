@@ -19,6 +19,7 @@ OLDEST = (2, 20)
 """The first release with the functions that are called here, and the one that they were measured with."""
 
 _LARGEST_HEAD = 256
+_ALIGNMENT = {"te": 8, "fp8": 16, "fp8_block": 128}
 
 
 def te_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -42,6 +43,13 @@ def te_attention_obstacle(device: torch.device, dtype: torch.dtype, head_dim: in
 def te_linear_obstacle(kernel: LinearKernel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no linear layer can run `kernel`, or None when those of suitable sizes can."""
     return te_obstacle(device, dtype) or (None if kernel == "te" else _fp8_obstacle(kernel))
+
+
+def alignment_obstacle(kernel: LinearKernel, *sizes: int) -> str | None:
+    """Why `kernel` cannot multiply matrices of these sizes, or None when it can."""
+    multiple = _ALIGNMENT[kernel]
+    odd = [size for size in sizes if size % multiple]
+    return f"{kernel} takes multiples of {multiple}, not {odd[0]}" if odd else None
 
 
 @torch.compiler.assume_constant_result

@@ -2,8 +2,8 @@
 
 FP8 kernels round input, weight and gradient each time, by the recipes of TransformerEngine: `fp8` with one scale a
 tensor, from the largest element it has now (values E4M3, gradients E5M2); `fp8_block` with one a block, 1 x 128 of
-activations and 128 x 128 of weights (all E4M3). Products add up in FP32. There is no state between steps, which delayed
-scaling would have. What is kept for the backward pass are the input and the weight themselves.
+activations and 128 x 128 of weights (all E4M3). There is no state between steps, which delayed scaling would have. What
+is kept for the backward pass are the input and the weight themselves.
 
 Legend: M rows, I values in, O values out.
 """
@@ -15,17 +15,7 @@ from typing import Literal
 import torch
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.te import LinearKernel
-
-_ALIGNMENT = {"te": 8, "fp8": 16, "fp8_block": 128}
 _Role = Literal["input", "weight", "gradient"]
-
-
-def alignment_obstacle(kernel: LinearKernel, *sizes: int) -> str | None:
-    """Why `kernel` cannot multiply matrices of these sizes, or None when it can."""
-    multiple = _ALIGNMENT[kernel]
-    odd = [size for size in sizes if size % multiple]
-    return f"{kernel} takes multiples of {multiple}, not {odd[0]}" if odd else None
 
 
 def te_linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, kernel: str) -> torch.Tensor:
@@ -110,6 +100,6 @@ def _rounded(values: torch.Tensor, role: _Role, kernel: str, *, transposed: bool
         quantizer = Float8BlockQuantizer(
             DType.kFloat8E4M3, rowwise=True, columnwise=transposed, block_scaling_dim=blocks
         )
-    # Nothing but products sees the result.
-    quantizer.internal = quantizer.optimize_for_gemm = True
+    # Without the overhead of a tensor that autograd could see.
+    quantizer.internal = True
     return quantizer(values)

@@ -10,8 +10,8 @@ from torch import nn
 
 from automodel.backends import Backend, BackendRow, Resolved, refuse
 from automodel.kernels.measured import FP8_WINS, fp8_narrowest, fp8_rows
-from automodel.kernels.te import LinearKernel, te_linear_obstacle
-from automodel.kernels.te_linear import alignment_obstacle, te_linear
+from automodel.kernels.te import LinearKernel, alignment_obstacle, te_linear_obstacle
+from automodel.kernels.te_linear import te_linear
 
 
 class Linear(nn.Linear):

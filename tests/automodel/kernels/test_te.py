@@ -12,7 +12,7 @@ from automodel.kernels import te
 from automodel.kernels.activations import SWIGLU
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.measured import by_speed, fp8_narrowest, fp8_rows
-from automodel.kernels.te_linear import alignment_obstacle, te_linear
+from automodel.kernels.te_linear import te_linear
 from automodel.kernels.te_norm import te_rms_norm
 from tests.automodel.te_stand_in import stand_in  # noqa: F401
 
@@ -160,5 +160,5 @@ def test_attention_kernels_are_in_the_order_of_their_times() -> None:
 
 
 def test_sizes_that_a_kernel_does_not_take_are_said() -> None:
-    assert alignment_obstacle("fp8_block", 256, 128, 200) == "fp8_block takes multiples of 128, not 200"
-    assert alignment_obstacle("te", 8, 16) is None
+    assert te.alignment_obstacle("fp8_block", 256, 128, 200) == "fp8_block takes multiples of 128, not 200"
+    assert te.alignment_obstacle("te", 8, 16) is None

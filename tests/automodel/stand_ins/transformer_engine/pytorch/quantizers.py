@@ -42,7 +42,7 @@ class Float8CurrentScalingQuantizer:
     ):
         self.dtype = _DTYPES[fp8_dtype]
         self.directions = rowwise, columnwise
-        self.internal = self.optimize_for_gemm = False
+        self.internal = False
 
     def __call__(self, tensor):
         rowwise, columnwise = self.directions
@@ -61,7 +61,7 @@ class Float8BlockQuantizer:
         self.directions = rowwise, columnwise
         self.power_of_two = force_pow_2_scales
         self.blocks = {1: ((1, _BLOCK), (_BLOCK, 1)), 2: ((_BLOCK, _BLOCK),) * 2}[block_scaling_dim]
-        self.internal = self.optimize_for_gemm = False
+        self.internal = False
 
     def __call__(self, tensor):
         _require_multiples(tensor, _BLOCK)
