@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
@@ -19,25 +19,26 @@ from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
-from automodel.kernels.flash import flash4_obstacle, flash_obstacle
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.kernels.packages import is_at_least, is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
 from automodel.kernels.sonic import sonic_obstacle
+from automodel.kernels.te import LinearKernel, alignment_obstacle, te_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
 
 _logger = get_logger(__name__)
 
-ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused", "sonic"]
-NormChoice = Literal["auto", "torch", "fused"]
+ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused", "sonic", "te"]
+NormChoice = Literal["auto", "torch", "fused", "te"]
 MambaChoice = Literal["auto", "torch", "fused"]
 DispatchChoice = Literal["auto", "all_to_all", "symmetric", "deepep"]
 LinearAttentionChoice = Literal["auto", "torch", "fla"]
-NormKernel = Literal["torch", "fused"]
+NormKernel = Literal["torch", "fused", "te"]
 DispatchKernel = Literal["all_to_all", "symmetric", "deepep"]
-SdpaChoice = Literal["auto", "torch", "cudnn", "flash4"]
+SdpaChoice = Literal["auto", "torch", "cudnn", "flash4", "te"]
+LinearChoice = Literal["auto", LinearKernel]
 LayersChoice = Literal["auto", "eager", "compiled"]
 LossChoice = Literal["auto", "torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
@@ -50,17 +51,21 @@ class Backend:
 
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
-            Triton kernels around the products, `"sonic"` is SonicMoE's products, which do that work themselves.
+            Triton kernels around the products, `"sonic"` is SonicMoE's products, which do that work themselves, `"te"`
+            runs TransformerEngine's products, an expert at a time.
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
             host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
             `"deepep"` through DeepEP. `"auto"` takes neither this nor `"sonic"`, until they are measured to be faster.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
-        norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`.
+        norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, `"te"`
+            TransformerEngine's.
+        linear: `"torch"`, or TransformerEngine's products: `"te"` in the dtype of the model; `"fp8"` and `"fp8_block"`
+            in FP8 where that was measured to be faster, see `kernels.te_linear`.
         linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by
             flash-linear-attention, and causal-conv1d where that is installed.
         sdpa: `"torch"` leaves the choice of a kernel to `scaled_dot_product_attention`, and packed documents and
-            sliding windows to its masks; `"cudnn"` prefers cuDNN's kernel, `"flash4"` is FlashAttention-4, and both
-            run documents and windows without masks, by a flash attention.
+            sliding windows to its masks; `"cudnn"` prefers cuDNN's kernel, `"flash4"` is FlashAttention-4, `"te"`
+            TransformerEngine. All three run documents and windows without masks, `"cudnn"` by torch's flash attention.
         layers: `"compiled"` runs what a decoder layer has around its experts through torch.compile, in training.
         loss: `"fused"` computes head and loss by chunks, where the caller passes `skip_logits=True`.
     """
@@ -73,10 +78,12 @@ class Backend:
     layers: LayersChoice = "auto"
     loss: LossChoice = "auto"
     linear_attention: LinearAttentionChoice = "auto"
+    linear: LinearChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
-        """A `Backend` from `"auto"`, `"torch"` (references everywhere), or a mapping such as `{"experts": "torch"}`.
+        """A `Backend` from `"auto"`, `"torch"` (references everywhere), `"te"` (TransformerEngine wherever it has a
+        kernel), or a mapping such as `{"experts": "torch"}`.
 
         Raises:
             UsageError: an unknown layer or kernel; the message names the nearest one.
@@ -86,7 +93,7 @@ class Backend:
         if value is None or value == "auto":
             return cls()
         if isinstance(value, str):
-            value = dict(_REFERENCE) if value == "torch" else {"experts": value}
+            value = _EVERYWHERE.get(value) or {"experts": value}
         choices = {layer: get_args(choice) for layer, choice in _CHOICES.items()}
         for layer, kernel in value.items():
             if layer not in choices:
@@ -110,15 +117,17 @@ _CHOICES = {
     "sdpa": SdpaChoice,
     "layers": LayersChoice,
     "loss": LossChoice,
+    "linear": LinearChoice,
 }
 WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
 """Experts that apply the routing weights themselves."""
 _REFERENCES = ("torch", "eager", "all_to_all")
-_REFERENCE = {
-    layer: next(name for name in _REFERENCES if name in get_args(choice)) for layer, choice in _CHOICES.items()
+_EVERYWHERE = {
+    "torch": {
+        layer: next(name for name in _REFERENCES if name in get_args(choice)) for layer, choice in _CHOICES.items()
+    },
+    "te": {layer: "te" for layer, choice in _CHOICES.items() if "te" in get_args(choice)},
 }
-
-
 _BY_NAME = "{} can run, and runs when asked for by name: it has not been measured to be faster"
 
 
@@ -151,6 +160,11 @@ class ResolvedMamba(Resolved):
     kernel: MambaKernel = "torch"
 
 
+def refuse(layer: str, kernel: str, obstacle: str) -> NoReturn:
+    """Raise what becomes of a kernel that was asked for by name and cannot run."""
+    raise UsageError(f"the {layer} backend {kernel} cannot run here: {obstacle}", hint='use backend="auto"')
+
+
 def resolve_experts(
     backend: Backend,
     device: torch.device,
@@ -166,11 +180,18 @@ def resolve_experts(
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
     """
-    sonic = sonic_obstacle(device, dtype, hidden, width, activation, bias=bias)
+
+    def sonic() -> str | None:
+        return sonic_obstacle(device, dtype, hidden, width, activation, bias=bias)
+
     if backend.experts == "sonic":
-        if sonic is not None:
-            raise UsageError(f"the experts backend sonic cannot run here: {sonic}", hint='use backend="auto"')
+        if found := sonic():
+            refuse("experts", "sonic", found)
         return ResolvedExperts("sonic")
+    if backend.experts == "te":
+        if found := te_obstacle(device, dtype) or alignment_obstacle("te", hidden, width):
+            refuse("experts", "te", found)
+        return ResolvedExperts("te", "asked for")
     reason = ""
     for kernel, obstacle in (
         ("fused", lambda: fused_obstacle(device, dtype, hidden, width, activation)),
@@ -181,11 +202,11 @@ def resolve_experts(
             continue
         found = obstacle()
         if found is None:
-            if backend.experts == "auto" and kernel == "fused" and sonic is None:
+            if backend.experts == "auto" and kernel == "fused" and sonic() is None:
                 reason = _BY_NAME.format("sonic")
             return ResolvedExperts(kernel, reason)
         if backend.experts == kernel:
-            raise UsageError(f"the experts backend {kernel} cannot run here: {found}", hint='use backend="auto"')
+            refuse("experts", kernel, found)
         reason = found
     return ResolvedExperts("torch", reason)
 
@@ -204,10 +225,11 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
         return ResolvedDispatch("all_to_all", "asked for")
     if backend.dispatch == "deepep":
         if experts not in WEIGHING:
-            raise UsageError(
-                "the dispatch backend deepep cannot run here: it adds up a token's rows where their experts are, which "
-                f"have to weight them, as {' and '.join(WEIGHING)} do, and these run {experts}",
-                hint='use backend="auto"',
+            refuse(
+                "dispatch",
+                "deepep",
+                "it adds up a token's rows where their experts are, which have to weight them, as "
+                f"{' and '.join(WEIGHING)} do, and these run {experts}",
             )
         return ResolvedDispatch("deepep")
     if obstacle is None and experts != "fused":
@@ -215,7 +237,7 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
     if obstacle is None:
         return ResolvedDispatch("symmetric", _BY_NAME.format("deepep") if is_at_least("deep_ep", 1) else "")
     if backend.dispatch == "symmetric":
-        raise UsageError(f"the dispatch backend symmetric cannot run here: {obstacle}", hint='use backend="auto"')
+        refuse("dispatch", "symmetric", obstacle)
     return ResolvedDispatch("all_to_all", obstacle)
 
 
@@ -241,12 +263,18 @@ def _named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], 
     if found is None:
         return fast, ""
     if asked == fast:
-        raise UsageError(f"the {layer} backend {fast} cannot run here: {found}", hint='use backend="auto"')
+        refuse(layer, fast, found)
     return "torch", found
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
-    """The RMSNorm kernel. `auto` takes the fused one on accelerators in half precision, where it saves bandwidth."""
+    """The RMSNorm kernel. `auto` takes the fused one on accelerators in half precision, where it saves bandwidth.
+
+    Raises:
+        UsageError: `te` was asked for by name and cannot run.
+    """
+    if backend.norm == "te" and (obstacle := te_obstacle(device, dtype)):
+        refuse("norm", "te", obstacle)
     if backend.norm != "auto":
         return Resolved(backend.norm, "" if backend.norm == "fused" else "asked for")
     if device.type == "cpu":
@@ -254,45 +282,6 @@ def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         return Resolved("torch", "FP32 keeps the reference")
     return Resolved("fused")
-
-
-def resolve_sdpa(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> Resolved:
-    """The kernel of causal attention over whole rows, in heads of `head_dim`: `"flash4"`, or which kernel
-    `scaled_dot_product_attention` is to prefer. cuDNN's is its fastest on Hopper, in half precision.
-
-    Raises:
-        UsageError: `flash4` was asked for by name and cannot run.
-    """
-    if backend.sdpa in ("torch", "cudnn"):
-        return Resolved(backend.sdpa, "" if backend.sdpa == "cudnn" else "asked for")
-    slower = flash4_obstacle(device, dtype, head_dim)
-    if slower is None and _capability(device.index or 0) < (9, 0):
-        slower = "FlashAttention-4 needs compute capability 9.0"
-    if slower is None:
-        return Resolved("flash4")
-    if backend.sdpa == "flash4":
-        raise UsageError(f"the attention flash4 cannot run here: {slower}", hint='use backend="auto"')
-    if device.type != "cuda" or dtype == torch.float32:
-        return Resolved("torch")
-    if _capability(device.index or 0) < (9, 0):
-        return Resolved("torch", "cuDNN's attention is preferred from compute capability 9.0 on")
-    return Resolved("cudnn", slower)
-
-
-def resolve_spans(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> Resolved:
-    """The kernel of attention within documents and windows: `"flash4"`, torch's `"flash"`, or SDPA under a `"mask"`."""
-    if backend.sdpa == "torch":
-        return Resolved("mask", "asked for")
-    whole = resolve_sdpa(backend, device, dtype, head_dim)
-    if whole.kernel == "flash4":
-        return whole
-    obstacle = flash_obstacle(device, dtype, head_dim)
-    return Resolved("flash", whole.reason) if obstacle is None else Resolved("mask", obstacle)
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def resolve_layers(backend: Backend, device: torch.device, *, training: bool) -> Resolved:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 
 from automodel import fallback
+from automodel.attention_backends import resolve_sdpa, resolve_spans
 from automodel.auto import empty_model
 from automodel.backends import (
     Backend,
@@ -27,12 +28,11 @@ from automodel.backends import (
     resolve_loss,
     resolve_mamba,
     resolve_norm,
-    resolve_sdpa,
     resolve_short_conv,
-    resolve_spans,
 )
 from automodel.kernels.packages import KERNEL_PACKAGES, recorded_misses
 from automodel.models.causal_lm import NativeCausalLM
+from automodel.models.linear import resolve_linear
 from automodel.moe.peers import host_obstacle
 from ckpt_tools.api.diagnosis import GpuReport, LayerReport, ModelReport, TrainingReport
 from ckpt_tools.core.errors import CkptError, UsageError
@@ -44,6 +44,8 @@ _CHANNELS, _TAPS = 6144, 4
 _DTYPE = torch.bfloat16
 _DEVICES = Path("/dev")
 _CUDA_TORCH = "https://pytorch.org/get-started/locally"
+_INSTEAD = {"transformer_engine": "flash_attn"}
+"""Modules that `auto` would not run once another one, which is missed too, is there."""
 
 
 def examine_training() -> TrainingReport:
@@ -104,6 +106,7 @@ def _resolvers(backend: Backend, device: torch.device, dtype: torch.dtype) -> di
         "dispatch": lambda: resolve_dispatch(backend, experts().kernel, host_obstacle(device)),
         "sdpa": lambda: resolve_sdpa(backend, device, dtype, _HEAD_DIM),
         "sdpa (packed or windowed)": lambda: resolve_spans(backend, device, dtype, _HEAD_DIM),
+        "linear": lambda: resolve_linear(backend, device, dtype, None, _HIDDEN, _HIDDEN),
         "mamba": lambda: resolve_mamba(backend, device, dtype, _CHANNELS, _TAPS),
         "linear_attention": lambda: resolve_delta_rule(backend, device, dtype),
         "linear_attention (convolution)": lambda: resolve_short_conv(backend, device),
@@ -189,6 +192,7 @@ def _first_line(error: Exception) -> str:
 def _install_commands(modules: Iterable[str]) -> tuple[str, ...]:
     """What installs the packages of modules that were missed, each command once."""
     wanted = {module.partition(".")[0] for module in modules}
+    wanted -= {slower for slower, faster in _INSTEAD.items() if faster in wanted}
     return tuple(install_command(p) for p in KERNEL_PACKAGES if p.module.partition(".")[0] in wanted)
 
 

@@ -208,12 +208,36 @@ def dispatch(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def transformer_engine(document: Document) -> str:
+    """The table of `te.json`."""
+    cudnn = ".".join(str(part) for part in document["cudnn"])
+    lines = [
+        f"**TransformerEngine's kernels and others**, {document['gpu']}: forward and backward, torch "
+        f"{document['torch']}, TransformerEngine {document['transformer_engine']}, cuDNN {cudnn}.",
+        "",
+        "| | kernel | ms | ms in a CUDA graph | error of the output | of the gradients |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['case']} | {row['kernel']} | {row['error'][:80]} | | | |")
+            continue
+        graph = f"{row['graph_ms']:.3f}" if row["graph_ms"] else "not possible"
+        lines.append(
+            f"| {row['case']} | {row['kernel']} | {row['ms']:.3f} | {graph} "
+            f"| {row['output_error']:.1e} | {row['gradient_error']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def gpu() -> str:
     """The tables of what was measured on GPUs."""
     parts = [training(run) for run in training_runs()]
     parts += [full_model(_read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
     parts += [experts(_read(path.name)) for path in sorted(RESULTS.glob("experts*.json"))]
-    return "\n".join([*parts, dispatch(_read("dispatch.json"))])
+    parts += [dispatch(_read("dispatch.json"))]
+    parts += [transformer_engine(_read(path.name)) for path in sorted(RESULTS.glob("te.json"))]
+    return "\n".join(parts)
 
 
 def training_runs() -> Iterator[Document]:

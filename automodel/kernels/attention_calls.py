@@ -1,4 +1,5 @@
-"""How each attention kernel is called: torch's flash attention, cuDNN, FlashAttention-4, and the reference in torch.
+"""How each attention kernel is called: torch's flash attention, cuDNN (by torch and by TransformerEngine),
+FlashAttention-4, and the reference in torch.
 
 All take queries [B, S, H, d], keys and values [B, S, G, d], and return the output [B, S, H, d] and the log-sum-exp of
 the scores, FP32 [B, S, H]. Their backward passes take both back, possibly changed to include a sink (see `flash`).
@@ -179,6 +180,72 @@ def _flash4_options(call: Call) -> dict[str, object]:
     return options
 
 
+def _te(inputs: Inputs, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import fused_attn_fwd
+
+    query, key, value = _for_te(inputs, call)
+    out, (sums, *_) = fused_attn_fwd(is_training=True, q=query, k=key, v=value, **_te_options(inputs.query, call))
+    batch, length, heads, _ = inputs.query.shape
+    if call.starts_N is None:
+        return out, sums.view(batch, heads, length).transpose(1, 2)
+    return out.view(inputs.query.shape), sums.view(batch, length, heads)
+
+
+def _te_backward(grad: torch.Tensor, inputs: Inputs, out: torch.Tensor, sums: torch.Tensor, call: Call) -> Inputs:
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import fused_attn_bwd
+
+    grad, query, key, value, out = _for_te((grad, *inputs, out), call)
+    stats = sums.transpose(1, 2) if call.starts_N is None else sums.flatten(0, 1)
+    # Without dropout the state of random numbers is not read.
+    random = torch.zeros(2, dtype=torch.int64, device=grad.device)
+    options = _te_options(inputs.query, call)
+    form = options["o_format"]
+    grads = fused_attn_bwd(
+        q=query,
+        k=key,
+        v=value,
+        o=out,
+        d_o=grad,
+        aux_ctx_tensors=[stats.contiguous().unsqueeze(-1), random],
+        do_format=form,
+        dqkv_layout=options["qkv_layout"],
+        **options,
+    )
+    return Inputs(*(g.view(t.shape) for g, t in zip(grads[:3], inputs, strict=True)))
+
+
+def _for_te(tensors: tuple[torch.Tensor, ...], call: Call) -> list[torch.Tensor]:
+    """Contiguous tensors; rows one after the other where documents are packed."""
+    return [t.contiguous() if call.starts_N is None else t.contiguous().flatten(0, 1) for t in tensors]
+
+
+def _te_options(query: torch.Tensor, call: Call) -> dict[str, object]:
+    """What both directions are told. The backend is named, so that it raises where it cannot run."""
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
+
+    rows, length = query.shape[:2]
+    packed = call.starts_N is not None
+    starts = call.starts_N
+    if starts is None:
+        starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
+    form = "thd" if packed else "bshd"
+    return {
+        "max_seqlen_q": call.longest,
+        "max_seqlen_kv": call.longest,
+        "cu_seqlens_q": starts,
+        "cu_seqlens_kv": starts,
+        "cu_seqlens_q_padded": starts if packed else None,
+        "cu_seqlens_kv_padded": starts if packed else None,
+        "fake_dtype": query.dtype,
+        "fused_attention_backend": FusedAttnBackend["F16_arbitrary_seqlen"],
+        "attn_scale": call.scale,
+        "qkv_layout": f"{form}_{form}_{form}",
+        "o_format": form,
+        "attn_mask_type": "padding_causal" if packed else "causal",
+        "window_size": (call.window - 1 if call.window else -1, 0),
+    }
+
+
 def _flattened(
     tensors: tuple[torch.Tensor, ...], call: Call
 ) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None, int, int]]:
@@ -207,4 +274,5 @@ KERNELS = {
     "flash": AttentionKernel(_flash, _flash_backward),
     "cudnn": AttentionKernel(_cudnn, _cudnn_backward),
     "flash4": AttentionKernel(_flash4, _flash4_backward),
+    "te": AttentionKernel(_te, _te_backward),
 }

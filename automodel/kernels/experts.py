@@ -13,8 +13,9 @@ from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated, activate
 from automodel.kernels.packages import is_installed
+from automodel.kernels.te_experts import TeGroupedLinear
 
-ExpertsKernel = Literal["torch", "grouped_mm", "fused", "sonic"]
+ExpertsKernel = Literal["torch", "grouped_mm", "fused", "sonic", "te"]
 
 _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _GROUPED_DTYPES = {
@@ -41,9 +42,14 @@ def grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, w
         return "torch.compile traces grouped_mm in bfloat16 only"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "grouped_mm needs compute capability 8.0"
+    return rows_obstacle("grouped_mm", dtype, hidden, width)
+
+
+def rows_obstacle(kernel: str, dtype: torch.dtype, hidden: int, width: int) -> str | None:
+    """Why `kernel` cannot read rows of these sizes, which are to be of whole 16 bytes, or None when it can."""
     for name, size in (("hidden size", hidden), ("expert width", width)):
         if size * dtype.itemsize % _ALIGNMENT_BYTES:
-            return f"grouped_mm needs rows of whole {_ALIGNMENT_BYTES} bytes; {name} {size} is not in {dtype}"
+            return f"{kernel} needs rows of whole {_ALIGNMENT_BYTES} bytes; {name} {size} is not in {dtype}"
     return None
 
 
@@ -81,13 +87,16 @@ def expert_mlp(
         gate_up_E2FD: gate rows then up rows of each expert; for an `Ungated` activation up rows only, [E, F, D].
         down_EDF: output projection of each expert.
         kernel: `"torch"` loops over experts (any device and dtype); `"grouped_mm"` has the limits that
-            `grouped_mm_obstacle` tells. The other kernels are `fused_experts` and `sonic_experts`.
+            `grouped_mm_obstacle` tells; `"te"` is TransformerEngine's, and waits for the counts. The other kernels are
+            `fused_experts` and `sonic_experts`.
         activation: of the gate half and the up half, or `Ungated`.
         gate_up_bias_E2F, down_bias_ED: added to the two projections.
 
     Returns:
         [M, D] in the dtype of `x_MD`.
     """
+    if kernel == "te":
+        return _through_te(x_MD, counts_E, gate_up_E2FD, down_EDF, activation, gate_up_bias_E2F, down_bias_ED)
     if kernel == "grouped_mm":
         ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
         projected = _GroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, ends_E)
@@ -145,6 +154,24 @@ def grouped_weight_gradient(grad_MO: torch.Tensor, x_MI: torch.Tensor, ends_E: t
     if x_MI.shape[0] == 0:
         return x_MI.new_zeros(len(ends_E), grad_MO.shape[1], x_MI.shape[1])
     return _grouped_mm(grad_MO.t(), x_MI, offs=ends_E)
+
+
+@torch.compiler.disable
+def _through_te(
+    x_MD: torch.Tensor,
+    counts_E: torch.Tensor,
+    gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    activation: GatedActivation | Ungated,
+    gate_up_bias_E2F: torch.Tensor | None,
+    down_bias_ED: torch.Tensor | None,
+) -> torch.Tensor:
+    counts = counts_E.tolist()
+    if not counts:
+        # As in the loop below.
+        return x_MD
+    projected = TeGroupedLinear.apply(x_MD, gate_up_E2FD, gate_up_bias_E2F, counts)
+    return TeGroupedLinear.apply(activate(projected, activation), down_EDF, down_bias_ED, counts)
 
 
 def _loop(

@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from automodel.kernels import attention_calls
 from automodel.kernels.packages import is_installed
 
-FlashKernel = Literal["reference", "flash", "cudnn", "flash4"]
+FlashKernel = Literal["reference", "flash", "cudnn", "flash4", "te"]
 _LARGEST_HEAD = 256
 _Gradients = tuple[torch.Tensor | None, ...]
 

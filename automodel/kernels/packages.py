@@ -19,8 +19,8 @@ KERNEL_PACKAGES = (
     Package(
         "transformer-engine",
         "transformer_engine",
-        "attention, linear layers and FP8",
-        "--no-build-isolation 'transformer-engine[pytorch]'",
+        "attention, linear layers and FP8, norms, experts",
+        "--no-build-isolation 'transformer-engine[pytorch]>=2.20'",
     ),
     Package("quack-kernels", "quack", "SonicMoE's experts", "'quack-kernels>=0.6'"),
     Package("deep_ep", "deep_ep", "dispatch", "--no-build-isolation git+https://github.com/deepseek-ai/DeepEP"),

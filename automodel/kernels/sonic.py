@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import GatedActivation, Ungated, is_relu_squared, is_swiglu
+from automodel.kernels.experts import rows_obstacle
 from automodel.kernels.packages import is_at_least, is_installed
 from automodel.kernels.permute import ExpertOrder
-
-_ALIGNMENT_BYTES = 16
 
 
 def sonic_obstacle(
@@ -45,10 +44,7 @@ def sonic_obstacle(
         return f"the SonicMoE kernels have no activation {activation}"
     if bias:
         return "the SonicMoE kernels are called without biases"
-    for name, size in (("hidden size", hidden), ("expert width", width)):
-        if size * dtype.itemsize % _ALIGNMENT_BYTES:
-            return f"the SonicMoE kernels need rows of whole {_ALIGNMENT_BYTES} bytes; {name} {size} is not in {dtype}"
-    return None
+    return rows_obstacle("SonicMoE", dtype, hidden, width)
 
 
 def _quack_activation(activation: GatedActivation | Ungated) -> str | None:

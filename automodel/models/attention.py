@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend, resolve_sdpa
+from automodel.attention_backends import resolve_sdpa
+from automodel.backends import Backend
 from automodel.compat import update_cache
 from automodel.kernels.flash import Spans, causal_attention
 from automodel.kernels.sdpa import cudnn_first
-from automodel.models.masking import AttentionMask
+from automodel.models.linear import Linear
+from automodel.models.masking import AttentionMask, sees_whole_rows
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec
@@ -55,8 +57,8 @@ class Attention(nn.Module):
         self.dropout = spec.attention_dropout
         self.gates_per_group = self.heads_per_group if spec.gated_attention else 0
         rows = groups * (self.heads_per_group + self.gates_per_group + 2) * head_dim
-        self.qkv_proj = nn.Linear(spec.hidden_size, rows, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(heads * head_dim, spec.hidden_size, bias=spec.output_bias)
+        self.qkv_proj = Linear(spec.hidden_size, rows, backend, bias=spec.qkv_bias)
+        self.o_proj = Linear(heads * head_dim, spec.hidden_size, backend, bias=spec.output_bias)
         self.register_parameter("sinks", nn.Parameter(torch.zeros(heads)) if spec.sinks else None)
         self.q_norm = _head_norm(spec, backend)
         self.k_norm = _head_norm(spec, backend)
@@ -123,14 +125,12 @@ class Attention(nn.Module):
         """What tokens see, where attention runs without a mask; None where `scaled_dot_product_attention` does it."""
         if isinstance(mask, Spans):
             return mask
-        length = x_BSD.shape[1]
         drops = self.training and self.dropout > 0
-        if kernel == "eager" or mask is not None or cache is not None or drops or length == 1:
+        if drops or not sees_whole_rows(x_BSD, mask, kernel, cache):
             return None
         resolved = self._resolved(x_BSD)
-        if resolved == "flash4" or (resolved == "cudnn" and self.sinks is not None and self.head_dim <= _CUDNN_HEAD):
-            return Spans(None, length, 0, resolved)
-        return None
+        with_sinks = resolved == "cudnn" and self.sinks is not None and self.head_dim <= _CUDNN_HEAD
+        return Spans(None, x_BSD.shape[1], 0, resolved) if resolved in ("flash4", "te") or with_sinks else None
 
 
 def _head_norm(spec: DecoderSpec, backend: Backend) -> nn.Module:

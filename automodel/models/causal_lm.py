@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from automodel.attention_backends import resolve_sdpa, resolve_spans
 from automodel.backends import (
     Backend,
     BackendReport,
@@ -29,15 +30,14 @@ from automodel.backends import (
     resolve_loss,
     resolve_mamba,
     resolve_norm,
-    resolve_sdpa,
     resolve_short_conv,
-    resolve_spans,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
 from automodel.kernels.activations import Gated
 from automodel.models.decoder import Decoder
 from automodel.models.delta_net import Decay
 from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
+from automodel.models.linear import linear_rows
 from automodel.models.mamba import GatedGroupNorm, StateSpace
 from automodel.models.norms import GatedRMSNorm, RMSNorm
 from automodel.models.predict_layer import PredictLayer
@@ -48,6 +48,7 @@ from automodel.moe.router import TopKRouter, load_balancing_loss
 from ckpt_tools.core.errors import UsageError
 
 _ATTENDING = ("full_attention", "sliding_attention")
+_ATTENTION_NAMES = {"flash4": "FlashAttention-4", "te": "TransformerEngine", "cudnn": "sdpa, cuDNN first"}
 _DECAY_RATES = (0.01, 16.0)
 
 
@@ -217,13 +218,13 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         attending = sum(kind in _ATTENDING for kind in self.spec.attention_kinds)
         slower = "asked for" if attention == "eager" else sdpa.reason
         if attention == "sdpa" and sdpa.kernel != "torch":
-            attention = "FlashAttention-4" if sdpa.kernel == "flash4" else "sdpa, cuDNN first"
+            attention = _ATTENTION_NAMES[sdpa.kernel]
         apart = Resolved("mask", "asked for") if attention == "eager" else spans
         rows = [
             BackendRow("attention", attending, attention, slower),
             BackendRow("packed or windowed", attending, apart.kernel, apart.reason),
             BackendRow("norm", norms, norm.kernel, norm.reason),
-            BackendRow("linear", sum(isinstance(m, nn.Linear) for m in self.modules()), "torch", ""),
+            *linear_rows(self.backend, self.modules(), weight.device, weight.dtype),
             BackendRow("layers", compilable, layers.kernel, layers.reason),
             BackendRow("loss", 1, loss.kernel, loss.reason),
         ]

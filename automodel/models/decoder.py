@@ -51,7 +51,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         else:
             self.self_attn = attention(spec, layer, backend)
         sparse = spec.moe is not None and layer in spec.moe.layers
-        self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec)
+        self.mlp = MoeMLP(spec, spec.moe, backend) if sparse else GatedMLP(spec, backend)
         self.input_layernorm = hidden_norm(spec, backend)
         self.post_attention_layernorm = hidden_norm(spec, backend)
 

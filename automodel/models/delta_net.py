@@ -21,6 +21,7 @@ from automodel.backends import Backend, resolve_delta_rule, resolve_short_conv
 from automodel.compat import extend_conv_columns, load_recurrent_state, save_recurrent_state
 from automodel.kernels.delta_rule import gated_delta_rule
 from automodel.kernels.short_conv import short_conv
+from automodel.models.linear import Linear
 from automodel.models.norms import GatedRMSNorm
 from automodel.models.spec import DecoderSpec, DeltaNetSpec
 from automodel.precision import keep_float32
@@ -86,12 +87,12 @@ class GatedDeltaNet(nn.Module):
         self.backend = backend
         keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
         channels = 2 * keys + values
-        self.in_proj_qkvz = nn.Linear(spec.hidden_size, 2 * keys + 2 * values, bias=False)
+        self.in_proj_qkvz = Linear(spec.hidden_size, 2 * keys + 2 * values, backend)
         self.in_proj_ba = nn.Linear(spec.hidden_size, 2 * delta.value_heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, delta.conv_kernel, groups=channels, bias=False)
         self.decay = Decay(delta.value_heads)
         self.norm = GatedRMSNorm(delta.value_dim, spec.norm_eps)
-        self.out_proj = nn.Linear(values, spec.hidden_size, bias=False)
+        self.out_proj = Linear(values, spec.hidden_size, backend)
 
     def forward(
         self,

@@ -115,7 +115,7 @@ def mixer(kind: AttentionKind, spec: DecoderSpec, layer: int, backend: Backend) 
         return Mamba2(spec, spec.mamba, layer, backend)
     if kind == "moe" and spec.moe is not None:
         return MoeMLP(spec, spec.moe, backend)
-    return PlainMLP(spec) if kind == "mlp" else Attention(spec, layer, backend)
+    return PlainMLP(spec, backend) if kind == "mlp" else Attention(spec, layer, backend)
 
 
 def _padding(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend, resolve_sdpa
+from automodel.attention_backends import resolve_sdpa
+from automodel.backends import Backend
 from automodel.compat import update_cache
 from automodel.kernels.flash import Spans, causal_attention
 from automodel.kernels.sdpa import cudnn_first
-from automodel.models.masking import AttentionMask
+from automodel.models.linear import Linear
+from automodel.models.masking import AttentionMask, sees_whole_rows
 from automodel.models.norms import RMSNorm
 from automodel.models.rope import rotate
 from automodel.models.spec import DecoderSpec, LatentSpec
@@ -46,15 +48,15 @@ class LatentAttention(nn.Module):
         hidden, heads, rank = spec.hidden_size, spec.num_heads, latent.rank
         query_width = heads * (latent.nope_dim + latent.rope_dim)
         if latent.query_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+            self.q_proj = Linear(hidden, query_width, backend)
         else:
-            self.q_a_proj = nn.Linear(hidden, latent.query_rank, bias=latent.bias)
+            self.q_a_proj = Linear(hidden, latent.query_rank, backend, bias=latent.bias)
             self.q_a_layernorm = RMSNorm(latent.query_rank, _LATENT_NORM_EPS, backend)
-            self.q_b_proj = nn.Linear(latent.query_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + latent.rope_dim, bias=latent.bias)
+            self.q_b_proj = Linear(latent.query_rank, query_width, backend)
+        self.kv_a_proj_with_mqa = Linear(hidden, rank + latent.rope_dim, backend, bias=latent.bias)
         self.kv_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS, backend)
-        self.kv_b_proj = nn.Linear(rank, heads * (latent.nope_dim + latent.value_dim), bias=False)
-        self.o_proj = nn.Linear(heads * latent.value_dim, hidden, bias=latent.bias)
+        self.kv_b_proj = Linear(rank, heads * (latent.nope_dim + latent.value_dim), backend)
+        self.o_proj = Linear(heads * latent.value_dim, hidden, backend, bias=latent.bias)
 
     def forward(
         self,
@@ -86,15 +88,18 @@ class LatentAttention(nn.Module):
             latent_B1TL, rope_B1Tr = update_cache(cache, latent_B1TL, rope_B1Tr, self.layer, cache_position)
         key_BHTd, value_BHTv = self._keys_and_values(latent_B1TL, rope_B1Tr)
 
+        dropout = self.dropout if self.training else 0.0
+        resolved = resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype, query_BHSd.shape[-1]).kernel
+        if resolved == "te" and dropout == 0 and sees_whole_rows(x_BSD, mask, kernel, cache):
+            mask = Spans(None, x_BSD.shape[1], 0, "te")
         if isinstance(mask, Spans):
             # Kernels want values as long as keys; what is added is zero and cut off again.
             padded_BHSd = F.pad(value_BHTv, (0, query_BHSd.shape[-1] - latent.value_dim))
             heads = (states.transpose(1, 2) for states in (query_BHSd, key_BHTd, padded_BHSd))
             output_BSHd = causal_attention(*heads, mask, scale=latent.scale)
             return self.o_proj(output_BSHd[..., : latent.value_dim].flatten(2, 3)), None
-        dropout = self.dropout if self.training else 0.0
         attend = _eager if kernel == "eager" else _sdpa
-        if resolve_sdpa(self.backend, x_BSD.device, x_BSD.dtype, query_BHSd.shape[-1]).kernel != "torch":
+        if resolved in ("cudnn", "flash4"):
             attend = partial(cudnn_first, attend)
         output_BHSv, probabilities = attend(query_BHSd, key_BHTd, value_BHTv, mask, dropout, latent.scale)
         return self.o_proj(output_BHSv.transpose(1, 2).flatten(2, 3)), probabilities

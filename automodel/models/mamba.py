@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from automodel.backends import Backend, resolve_mamba
 from automodel.kernels.mamba import causal_conv, state_space_scan
+from automodel.models.linear import Linear
 from automodel.models.spec import DecoderSpec, MambaSpec
 from automodel.precision import keep_float32
 
@@ -107,13 +108,13 @@ class Mamba2(nn.Module):
         self.layer = layer
         self.backend = backend
         projected = mamba.inner + mamba.convolved + mamba.num_heads
-        self.in_proj = nn.Linear(spec.hidden_size, projected, bias=mamba.bias)
+        self.in_proj = Linear(spec.hidden_size, projected, backend, bias=mamba.bias)
         self.conv1d = nn.Conv1d(
             mamba.convolved, mamba.convolved, mamba.conv_kernel, groups=mamba.convolved, bias=mamba.conv_bias
         )
         self.ssm = StateSpace(mamba)
         self.norm = GatedGroupNorm(mamba.inner, mamba.groups, spec.norm_eps)
-        self.out_proj = nn.Linear(mamba.inner, spec.hidden_size, bias=mamba.bias)
+        self.out_proj = Linear(mamba.inner, spec.hidden_size, backend, bias=mamba.bias)
 
     def forward(self, x_BSD: torch.Tensor, mask: RecurrentMask, cache: Cache | None) -> torch.Tensor:
         """[B, S, D]. A cache holds the last W inputs of the convolution and the state [B, H, P, N]; both go on."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend, resolve_spans
+from automodel.attention_backends import resolve_spans
+from automodel.backends import Backend
 from automodel.compat import PreTrainedConfig, attention_mask_for
 from automodel.kernels.flash import Spans, document_starts
 from automodel.models.spec import DecoderSpec
@@ -18,6 +19,11 @@ def is_packed(position_ids_BS: torch.Tensor | None, attention_mask: object, cach
     if position_ids_BS is None or attention_mask is not None or cache is not None:
         return False
     return bool((position_ids_BS.diff(dim=-1) != 1).any())
+
+
+def sees_whole_rows(x_BSD: torch.Tensor, mask: AttentionMask, kernel: str, cache: Cache | None) -> bool:
+    """Whether tokens see all before them in their row and nothing else, so that no mask is needed to say so."""
+    return kernel != "eager" and mask is None and cache is None and x_BSD.shape[1] > 1
 
 
 def attention_masks(

@@ -10,6 +10,7 @@ from torch import nn
 
 from automodel.backends import Backend
 from automodel.kernels.activations import Gated, Ungated
+from automodel.models.linear import Linear
 from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.experts import Experts
 from automodel.moe.group_router import GroupLimitedRouter
@@ -19,12 +20,12 @@ from automodel.moe.router import TopKRouter
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)); gate and up are one projection, gate rows first."""
 
-    def __init__(self, spec: DecoderSpec, width: int | None = None) -> None:
+    def __init__(self, spec: DecoderSpec, backend: Backend, width: int | None = None) -> None:
         super().__init__()
         width = width or spec.mlp_width
         self.activation = spec.activation
-        self.gate_up_proj = nn.Linear(spec.hidden_size, 2 * width, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(width, spec.hidden_size, bias=spec.mlp_bias)
+        self.gate_up_proj = Linear(spec.hidden_size, 2 * width, backend, bias=spec.mlp_bias)
+        self.down_proj = Linear(width, spec.hidden_size, backend, bias=spec.mlp_bias)
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
         gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
@@ -34,12 +35,12 @@ class GatedMLP(nn.Module):
 class PlainMLP(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, spec: DecoderSpec, width: int | None = None) -> None:
+    def __init__(self, spec: DecoderSpec, backend: Backend, width: int | None = None) -> None:
         super().__init__()
         width = width or spec.mlp_width
         self.activation = spec.activation
-        self.up_proj = nn.Linear(spec.hidden_size, width, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(width, spec.hidden_size, bias=spec.mlp_bias)
+        self.up_proj = Linear(spec.hidden_size, width, backend, bias=spec.mlp_bias)
+        self.down_proj = Linear(width, spec.hidden_size, backend, bias=spec.mlp_bias)
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.down_proj(self.activation(self.up_proj(x_BSD))), None
@@ -59,10 +60,10 @@ class MoeMLP(nn.Module):
         hidden, latent = spec.hidden_size, moe.latent_size
         self.experts = Experts(moe.num_experts, latent or hidden, moe.width, activation, backend, bias=moe.bias)
         shared = PlainMLP if isinstance(activation, Ungated) else GatedMLP
-        self.shared_experts = shared(spec, moe.shared_width) if moe.shared_width else None
+        self.shared_experts = shared(spec, backend, moe.shared_width) if moe.shared_width else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if moe.shared_gate else None
-        self.fc1_latent_proj = nn.Linear(hidden, latent, bias=spec.mlp_bias) if latent else None
-        self.fc2_latent_proj = nn.Linear(latent, hidden, bias=spec.mlp_bias) if latent else None
+        self.fc1_latent_proj = Linear(hidden, latent, backend, bias=spec.mlp_bias) if latent else None
+        self.fc2_latent_proj = Linear(latent, hidden, backend, bias=spec.mlp_bias) if latent else None
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output [B, S, D] and its router logits [B * S, E]."""

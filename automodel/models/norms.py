@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from automodel.backends import Backend, resolve_norm
+from automodel.kernels.te_norm import te_rms_norm
 
 
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension.
 
     The statistics are FP32 whatever the dtype of `x`. The reference kernel rounds to that dtype before it
-    multiplies by the weight, as transformers does; the fused one rounds once, after, and so does the reference
+    multiplies by the weight, as transformers does; the others round once, after, and so does the reference
     for families in which transformers does.
 
     Args:
@@ -36,7 +37,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fused = resolve_norm(self.backend, x.device, x.dtype).kernel == "fused"
+        kernel = resolve_norm(self.backend, x.device, x.dtype).kernel
+        if kernel == "te":
+            return te_rms_norm(x, self.weight.to(x.dtype), self.eps, zero_centred=self.zero_centred)
+        fused = kernel == "fused"
         if self.zero_centred:
             weight = 1.0 + self.weight.float()
             wide = x.float()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from automodel.backends import refuse
 from automodel.kernels.packages import is_installed
 from automodel.kernels.permute import ExpertOrder, gather, sort_by_expert, token_sums
 from automodel.moe.dispatch import GroupDispatcher
@@ -153,7 +154,7 @@ def open_buffer(group: dist.ProcessGroup, device: torch.device, hidden: int) -> 
     if len(hosts) > 1:
         obstacles.append(f"the ep axis is on {len(hosts)} hosts, and DeepEP is used within one")
     if obstacles:
-        raise UsageError(f"the dispatch backend deepep cannot run here: {obstacles[0]}", hint='use backend="auto"')
+        refuse("dispatch", "deepep", obstacles[0])
     from deep_ep import Buffer
 
     configs = Buffer.get_dispatch_config(len(everyone)), Buffer.get_combine_config(len(everyone))

@@ -42,7 +42,7 @@ def graph_obstacle(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, Experts):
             kernel = module.kernel_for(module.down_proj)
-            return None if kernel != "torch" else "the experts' reference waits for the device"
+            return f"experts by {kernel} wait for the device" if kernel in ("torch", "te") else None
     return None
 
 

@@ -32,11 +32,12 @@ CPU = torch.device("cpu")
         (
             "torch",
             Backend(
-                **dict.fromkeys(("experts", "norm", "mamba", "linear_attention", "sdpa", "loss"), "torch"),
+                **dict.fromkeys(("experts", "norm", "mamba", "linear_attention", "linear", "sdpa", "loss"), "torch"),
                 layers="eager",
                 dispatch="all_to_all",
             ),
         ),
+        ("te", Backend(**dict.fromkeys(("experts", "norm", "linear", "sdpa"), "te"))),
         ("grouped_mm", Backend(experts="grouped_mm")),
         ({"norm": "fused"}, Backend(norm="fused")),
         (Backend(norm="torch"), Backend(norm="torch")),

@@ -1,6 +1,6 @@
 """Attention within documents, windows and with sinks, against softmax attention under a mask.
 
-Without a GPU the reference is checked; on one, every kernel that can run there is.
+Without a GPU the reference is checked, and TransformerEngine's by a stand-in; on one, every kernel that can run there.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import torch
 
 from automodel.kernels.flash import Spans, causal_attention, document_starts, flash4_obstacle, flash_obstacle
 from automodel.kernels.packages import is_installed
+from tests.automodel.te_stand_in import stand_in  # noqa: F401
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KERNELS = ["reference", *(["flash", "cudnn"] if ON_GPU else [])]
+if not ON_GPU or is_installed("transformer_engine"):
+    KERNELS.append("te")
 if ON_GPU and is_installed("flash_attn.cute"):
     KERNELS.append("flash4")
 ROWS, LENGTH, HEADS, GROUPS, SIZE = 2, 200, 8, 2, 64
@@ -39,7 +42,9 @@ def masked(query, key, value, seen, sinks, scale):
 @pytest.mark.parametrize("window", [0, 2, 33])
 @pytest.mark.parametrize("packed", [None, 0, 1])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_values_and_gradients_are_those_of_attention_under_a_mask(kernel, packed, window, sinks) -> None:
+def test_values_and_gradients_are_those_of_attention_under_a_mask(request, kernel, packed, window, sinks) -> None:
+    if kernel == "te" and not ON_GPU:
+        request.getfixturevalue("stand_in")
     if kernel == "cudnn" and (packed is not None or window):
         pytest.skip("cuDNN's kernel is used for whole rows")
     torch.manual_seed(0)
