@@ -59,14 +59,12 @@ def _fastest(kernels: list[str], last: str, device: torch.device, dtype: torch.d
 
 
 def _attention_obstacle(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    obstacle = None
-    if kernel == "flash4":
-        obstacle = flash4_obstacle(device, dtype, head_dim)
-    elif kernel == "te":
-        obstacle = te_attention_obstacle(device, dtype, head_dim)
-    if obstacle is None and _capability(device.index or 0) < (9, 0):
+    # Before packages are looked for, which would not help.
+    if device.type == "cuda" and _capability(device.index or 0) < (9, 0):
         return "FlashAttention-4 and cuDNN's attention need compute capability 9.0"
-    return obstacle
+    if kernel == "flash4":
+        return flash4_obstacle(device, dtype, head_dim)
+    return te_attention_obstacle(device, dtype, head_dim) if kernel == "te" else None
 
 
 @torch.compiler.assume_constant_result

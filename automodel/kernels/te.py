@@ -66,7 +66,7 @@ def _import() -> str | None:
         # Its libraries are loaded and checked here, against those of torch and CUDA, with errors of many kinds.
         import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        return f"TransformerEngine cannot be imported: {str(error).splitlines()[0]}"
+        return f"TransformerEngine cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return None
 
 

@@ -22,7 +22,8 @@ from automodel.backends import refuse
 from automodel.kernels.packages import is_installed
 from automodel.kernels.permute import ExpertOrder, gather, sort_by_expert, token_sums
 from automodel.moe.dispatch import GroupDispatcher
-from automodel.moe.peers import gather_objects, host_name
+from automodel.moe.peers import host_name
+from automodel.parallel.agree import gather_objects
 from ckpt_tools.core.errors import UsageError
 
 _GROUP_SIZES = (2, 4, 8)

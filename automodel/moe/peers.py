@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from automodel.kernels.packages import is_installed
+from automodel.parallel.agree import gather_objects
 from ckpt_tools.core.errors import CkptError
 
 TIMEOUT_SECONDS = 600.0
@@ -244,13 +245,6 @@ def _open_mailbox(group: dist.ProcessGroup) -> Mailbox:
     if rank == 0:
         path.unlink()
     return mailbox
-
-
-def gather_objects(value: object, group: dist.ProcessGroup) -> list:
-    """The values of all processes of the group."""
-    values: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def host_name() -> str:

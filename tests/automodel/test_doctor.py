@@ -95,6 +95,15 @@ def test_on_gpus_the_packages_that_resolvers_missed_are_the_next_steps(h200: set
 
 
 @pytest.mark.usefixtures("h200")
+def test_packages_that_could_not_run_on_this_gpu_are_no_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    report = examine_training()
+    reasons = {row.layer: row.reason for row in report.layers}
+    assert reasons["sdpa"] == "FlashAttention-4 and cuDNN's attention need compute capability 9.0"
+    assert not any(name in step for step in report.next_steps for name in ("flash-attn", "transformer-engine"))
+
+
+@pytest.mark.usefixtures("h200")
 def test_a_native_model_is_reported_as_on_the_gpu_without_being_there(tmp_path: Path) -> None:
     report = examine_model(str(make_repository(tmp_path / "model")))
     assert (report.implementation, report.native, report.reason) == ("NeMoQwen3MoeForCausalLM", True, "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from automodel.backends import Backend, Resolved, resolve_sdpa, resolve_spans
+from automodel.attention_backends import resolve_sdpa, resolve_spans
+from automodel.backends import Backend, Resolved
 from automodel.compat import TRANSFORMERS_5
 from automodel.kernels.flash import Spans
 from automodel.models import masking
