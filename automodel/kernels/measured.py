@@ -1,7 +1,7 @@
 """What was measured to be faster than what: the numbers behind `backend="auto"`, and where each comes from.
 
-All are times of forward and backward in BF16 on one H200, with torch 2.11 and CUDA 13.0. `benchmarks/te.py` measures
-them again.
+All are times of forward and backward in BF16 on one H200, with torch 2.11 and CUDA 13.0. Those of TransformerEngine are
+of its own modules, not yet of our calls, which `benchmarks/te.py` measures.
 """
 
 from __future__ import annotations
