@@ -22,6 +22,7 @@ import torch.distributed as dist
 from automodel.checkpoint.host_memory import HostBuffer, available_memory, bytes_for
 from automodel.checkpoint.save import Background
 from automodel.logging import get_logger
+from automodel.parallel.agree import gather_objects, is_first
 from ckpt_tools.core.sizes import format_size
 
 _logger = get_logger(__name__)
@@ -73,15 +74,15 @@ class Saver:
         started = time.perf_counter()
         nbytes = bytes_for(state.values()) + _SLACK_BYTES
         obstacle = _shortage(nbytes) or self._take(nbytes)
-        obstacles = [text for text in _gather(obstacle) if text is not None]
+        obstacles = [text for text in gather_objects(obstacle) if text is not None]
         if obstacles:
             self._release()
-            if _speaks():
+            if is_first():
                 _logger.warning("training waits while checkpoints are written: %s", obstacles[0])
             return
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        if _speaks():
+        if is_first():
             _logger.info(
                 "training goes on while checkpoints are written, from %s of %shost memory in each process, "
                 "taken in %.1f s",
@@ -137,7 +138,7 @@ class Saver:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         running = self._running
-        if running is not None and not running.ended.is_set() and _speaks():
+        if running is not None and not running.ended.is_set() and is_first():
             _logger.info("waiting until %s is complete; Ctrl-C abandons it", running.directory)
         try:
             self.wait()
@@ -188,7 +189,7 @@ class _UnderWay:
 
 
 def _report(directory: Path, started: float, training_went_on: float) -> None:
-    if _speaks():
+    if is_first():
         _logger.info(
             "saved %s: training stood still for %.1f s, complete after %.1f s",
             directory,
@@ -201,22 +202,10 @@ def _shortage(nbytes: int) -> str | None:
     """Why this host cannot give all its processes the memory that they ask for, `nbytes` for this one."""
     me, available = socket.gethostname(), available_memory()
     # No process takes memory before all have looked.
-    wanted = sum(part for host, part in _gather((me, nbytes)) if host == me)
+    wanted = sum(part for host, part in gather_objects((me, nbytes)) if host == me)
     if available is None or wanted <= available * _MOST_OF_MEMORY:
         return None
     return (
         f"copies of all that is saved take {format_size(wanted)} on {me}, of whose memory {format_size(available)} is "
         "available"
     )
-
-
-def _gather(value: object) -> list:
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _speaks() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

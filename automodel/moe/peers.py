@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from automodel.kernels.packages import is_installed
+from automodel.parallel.agree import gather_objects
 from ckpt_tools.core.errors import CkptError
 
 TIMEOUT_SECONDS = 600.0
@@ -203,7 +204,7 @@ def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     if obstacle := _device_obstacle(device):
         return obstacle
     visible = torch.cuda.device_count()
-    everyone = _gather((_host(), device.index, visible), group)
+    everyone = gather_objects((_host(), device.index, visible), group)
     hosts = {host for host, _, _ in everyone}
     if len(hosts) > 1:
         return f"symmetric dispatch needs the ep axis on one host, and it is on {len(hosts)}"
@@ -211,7 +212,7 @@ def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     if len(set(devices)) < len(devices) or {count for _, _, count in everyone} != {visible}:
         return "symmetric dispatch needs processes that see each other's GPUs (CUDA_VISIBLE_DEVICES hides them)"
     unreachable = [other for other in devices if other != device.index and not _reaches(device.index, other)]
-    reports = [report for report in _gather(unreachable, group) if report]
+    reports = [report for report in gather_objects(unreachable, group) if report]
     return f"symmetric dispatch needs peer access between GPUs {devices}" if reports else None
 
 
@@ -223,7 +224,7 @@ def _try_to_open(group: dist.ProcessGroup, device: torch.device) -> SymmetricPee
         peers.homeward(1 << 16)
     except (OSError, RuntimeError, CkptError) as error:
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    failures = [report for report in _gather(failure, group) if report]
+    failures = [report for report in gather_objects(failure, group) if report]
     if peers is None or failures:
         return f"symmetric memory cannot be opened here: {failures[0]}"
     return peers
@@ -238,18 +239,12 @@ def _open_mailbox(group: dist.ProcessGroup) -> Mailbox:
         os.truncate(descriptor, Mailbox.bytes_for(size))
         os.close(descriptor)
         path = Path(name)
-    path = _gather(path, group)[0]
+    path = gather_objects(path, group)[0]
     mailbox = Mailbox(path, rank, size)
-    _gather(None, group)
+    gather_objects(None, group)
     if rank == 0:
         path.unlink()
     return mailbox
-
-
-def _gather(value: object, group: dist.ProcessGroup) -> list:
-    values: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _host() -> str:

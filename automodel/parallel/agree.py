@@ -1,4 +1,5 @@
-"""Errors of one process raised on all of them within seconds, instead of a hang until the collective times out."""
+"""What all processes know of each other: their values, and their errors, which are raised on all of them within seconds
+instead of a hang until a collective times out."""
 
 from __future__ import annotations
 
@@ -8,6 +9,20 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from ckpt_tools.core.errors import CkptError
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """The values of all processes of the group, None for the default one; this process's alone where there is none."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @contextmanager
@@ -32,8 +47,7 @@ def raise_together(doing: str, group: dist.ProcessGroup | None = None) -> Iterat
         yield
     except Exception as caught:  # whatever it is, the other processes have to hear of it first
         error = caught
-    reports: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    reports = gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
     failed = {rank: report for rank, report in enumerate(reports) if report is not None}
