@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoints.py --rounds 5 --mode cold --data bench-data --json benchmarks/results/checkpoints.json
 
-A repository shaped like Qwen3-MoE (hidden 1024, 12 layers, 64 experts of width 768, vocabulary 32768: 3.886 GB in
-2,415 tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once, and shards of the first as
-torch and trainers write them on 4 ranks. Every round runs each job once, in the same order; each starts from an empty
+A repository shaped like Qwen3-MoE (hidden 1024, 12 layers, 64 experts of width 768, vocabulary 32768: 3.886 GB in 2,415
+tensors) and one with the widths of GPT-OSS-20B (one layer, 2.02 GB) are made once, and shards of the first as torch and
+trainers write them on 4 ranks. Every round runs each job once and begins with another one; each starts from an empty
 output and, in `cold` mode, from an empty page cache (needs root), and ends when the output is on the disk. Ratios are
 medians over rounds of the time of cp of the same bytes divided by the job's in the same round, and of a peer's time
 divided by that of our job beside it. Memory is the peak resident size over that of a bare Python.
@@ -274,7 +274,8 @@ def main() -> None:
     todo = [(case, case.job()) for case in chosen]
     runs: dict[str, list[Run]] = {case.name: [] for case in chosen}
     for number in range(arguments.rounds):
-        for case, job in todo:
+        first = number * len(todo) // arguments.rounds
+        for case, job in todo[first:] + todo[:first]:
             run = measure(job, out, prepare)
             runs[job.name].append(run)
             print(f"round {number + 1} {job.name:50} {run.seconds:6.2f} s", file=sys.stderr, flush=True)

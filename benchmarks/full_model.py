@@ -157,7 +157,8 @@ def _on_devices(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the training processes, on the first of them; all of them run this."""
     from training_trainee import build
 
-    from automodel.training.processes import is_first, process_group
+    from automodel.parallel.agree import is_first
+    from automodel.training.processes import process_group
 
     arguments.child, arguments.ep = "ours", arguments.ep or str(arguments.gpus)
     with process_group(arguments.limit / 60):

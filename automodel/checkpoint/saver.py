@@ -22,7 +22,7 @@ import torch.distributed as dist
 from automodel.checkpoint.host_memory import HostBuffer, available_memory, bytes_for
 from automodel.checkpoint.save import Background
 from automodel.logging import get_logger
-from automodel.parallel.agree import gather_objects
+from automodel.parallel.agree import gather_objects, is_first
 from ckpt_tools.core.sizes import format_size
 
 _logger = get_logger(__name__)
@@ -77,12 +77,12 @@ class Saver:
         obstacles = [text for text in gather_objects(obstacle) if text is not None]
         if obstacles:
             self._release()
-            if _speaks():
+            if is_first():
                 _logger.warning("training waits while checkpoints are written: %s", obstacles[0])
             return
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        if _speaks():
+        if is_first():
             _logger.info(
                 "training goes on while checkpoints are written, from %s of %shost memory in each process, "
                 "taken in %.1f s",
@@ -138,7 +138,7 @@ class Saver:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         running = self._running
-        if running is not None and not running.ended.is_set() and _speaks():
+        if running is not None and not running.ended.is_set() and is_first():
             _logger.info("waiting until %s is complete; Ctrl-C abandons it", running.directory)
         try:
             self.wait()
@@ -189,7 +189,7 @@ class _UnderWay:
 
 
 def _report(directory: Path, started: float, training_went_on: float) -> None:
-    if _speaks():
+    if is_first():
         _logger.info(
             "saved %s: training stood still for %.1f s, complete after %.1f s",
             directory,
@@ -209,7 +209,3 @@ def _shortage(nbytes: int) -> str | None:
         f"copies of all that is saved take {format_size(wanted)} on {me}, of whose memory {format_size(available)} is "
         "available"
     )
-
-
-def _speaks() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

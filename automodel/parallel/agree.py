@@ -11,6 +11,11 @@ import torch.distributed as dist
 from ckpt_tools.core.errors import CkptError
 
 
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
     """The values of all processes of the group, None for the default one; this process's alone where there is none."""
     if not dist.is_initialized():

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from automodel.logging import get_logger
 from automodel.models.saving import RepositorySaving, add_saving, attach_files, layout_of
-from automodel.parallel.agree import raise_together
+from automodel.parallel.agree import is_first, raise_together
 from automodel.training.model import Source
-from automodel.training.processes import is_first
 from ckpt_tools.core.storage import storage_errors
 
 _logger = get_logger(__name__)

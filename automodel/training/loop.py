@@ -20,7 +20,7 @@ from automodel.checkpoint import Saver, TrainState, latest_checkpoint, load_chec
 from automodel.checkpoint.directory import checkpoints
 from automodel.checkpoint.state import TRAIN_STATE_JSON, model_state, optimizer_state, rng_state
 from automodel.logging import get_logger
-from automodel.parallel.agree import raise_together
+from automodel.parallel.agree import is_first, raise_together
 from automodel.parallel.mesh import AXES, ParallelMesh, data_parallel
 from automodel.training.config import TrainingConfig, load_config
 from automodel.training.data import PackedData, SampleOrder, open_tokens, tokenized
@@ -28,7 +28,7 @@ from automodel.training.export import export_model
 from automodel.training.metrics import MetricsFile, Report, StepMetrics, max_memory_bytes, write_report
 from automodel.training.model import Source, build_model, files_kept, held_side, mixed_precision, open_source
 from automodel.training.optimizer import build_optimizer
-from automodel.training.processes import is_first, process_group, terminal_log
+from automodel.training.processes import process_group, terminal_log
 from automodel.training.schedule import lr_ratio
 from automodel.training.step import StepResult, step_graph, train_step
 from automodel.training.step_graph import StepGraph

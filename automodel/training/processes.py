@@ -50,11 +50,6 @@ def process_group(timeout_minutes: float) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 @contextmanager
 def terminal_log(speaks: bool) -> Iterator[None]:
     """Messages of the training half on stderr during a run, unless the program has set up logging itself.
