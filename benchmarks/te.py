@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ Step = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Kernels that compute the same: each a function of `leaves`, whose gradients are taken too."""
+    """Kernels that compute the same: each a function of `leaves`, whose gradients are taken too. Where the host `waits`
+    for the device, no CUDA graph can hold the kernel."""
 
     kind: str
     name: str
     leaves: Sequence[torch.Tensor]
     kernels: dict[str, Step]
+    waits: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -66,12 +69,19 @@ def main() -> None:
         "norm": _norm,
         "experts": _experts,
     }
-    rows = []
+    document: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "transformer_engine": metadata.version("transformer_engine"),
+        "cudnn": te.get_cudnn_version(),
+        "rows": [],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"{'':62}{'ms':>9}{'graph':>9}{'output':>10}{'gradients':>10}")
     for kind in arguments.only.split(","):
         for case in kinds[kind]():
             for row in _measured(case, arguments.rounds):
-                rows.append(row)
+                document["rows"].append(row)
                 title = f"{row['case']}: {row['kernel']}"
                 if "error" in row:
                     print(f"{title:62} {row['error']}", flush=True)
@@ -81,15 +91,8 @@ def main() -> None:
                     f"{title:62}{row['ms']:9.3f}{graph}{row['output_error']:10.1e}{row['gradient_error']:10.1e}",
                     flush=True,
                 )
-    document = {
-        "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "transformer_engine": metadata.version("transformer_engine"),
-        "cudnn": te.get_cudnn_version(),
-        "rows": rows,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "te.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            # After each case, so that a failure keeps what was measured before it.
+            (arguments.out / "te.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _attention() -> Iterator[Case]:
@@ -166,11 +169,19 @@ def _experts() -> Iterator[Case]:
             kernel: lambda k=kernel, x=x, c=counts, w=weights: expert_mlp(x, c, *w, k, SWIGLU)
             for kernel in ("grouped_mm", "te")
         }
-        yield Case("experts", f"{experts} experts, {rows} rows, {hidden} x {width}", (x, *weights), kernels)
+        yield Case(
+            "experts", f"{experts} experts, {rows} rows, {hidden} x {width}", (x, *weights), kernels, waits=("te",)
+        )
 
 
 def _random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE).requires_grad_()
+    return (torch.randn(shape, device=DEVICE, generator=_generator()) * scale).to(DTYPE).requires_grad_()
+
+
+@cache
+def _generator() -> torch.Generator:
+    """One of our own: CUDA graphs take hold of the default one, and keep it where capturing fails."""
+    return torch.Generator(DEVICE).manual_seed(0)
 
 
 def _measured(case: Case, rounds: int) -> list[dict[str, Any]]:
@@ -182,15 +193,15 @@ def _measured(case: Case, rounds: int) -> list[dict[str, Any]]:
     for kernel, run in case.kernels.items():
         row = rows[kernel] = {"kind": case.kind, "case": case.name, "kernel": kernel}
         try:
-            grad = torch.randn_like(run()) if grad is None else grad
+            grad = _random(*run().shape).detach() if grad is None else grad
             values = [run().detach(), *torch.autograd.grad(run(), case.leaves, grad)]
-        except RuntimeError as error:
-            row["error"] = str(error).splitlines()[0][:200]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
         reference = reference or values
         errors = [_relative(a, b) for a, b in zip(values, reference, strict=True)]
         row |= {"output_error": errors[0], "gradient_error": max(errors[1:]), "times": [], "graph_times": []}
-        replays[kernel] = _graph(run, case.leaves, grad)
+        replays[kernel] = None if kernel in case.waits else _graph(run, case.leaves, grad)
     for _ in range(rounds):
         for kernel, replay in replays.items():
             run = case.kernels[kernel]
@@ -204,15 +215,17 @@ def _measured(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def _graph(run: Step, leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> Callable[[], Any] | None:
-    """Forward and backward as a CUDA graph, None where the host has to know something in between."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    """Forward and backward as a CUDA graph, None where that cannot be captured."""
+    stream, graph, before = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             torch.autograd.grad(run(), leaves, grad)
         with torch.cuda.graph(graph, stream=stream):
             torch.autograd.grad(run(), leaves, grad)
-    except RuntimeError:
+    except RuntimeError as error:
+        print(f"no graph: {error}".splitlines()[0][:120], flush=True)
+        torch.cuda.set_stream(before)
         torch.cuda.synchronize()
         return None
     return graph.replay
