@@ -218,13 +218,14 @@ def test_a_model_on_transformer_engine_computes_what_it_computes_otherwise(famil
 
 @pytest.mark.parametrize("layers", ["eager", "compiled"])
 def test_training_in_fp8_follows_training_in_bf16(layers: str) -> None:
-    """One layer of the sizes from which FP8 pays, 16,384 tokens a step."""
+    """One layer of the sizes from which FP8 pays, 16,384 tokens a step, none of them twice: what is learnt by heart
+    would depend on rounding."""
     from automodel import NeMoAutoModelForCausalLM
 
     sizes = {**SMALL, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
     torch.manual_seed(0)
-    batches = [torch.randint(0, 64, (16, 1024), device="cuda") for _ in range(4)]
+    batches = [torch.randint(0, 64, (16, 1024), device="cuda") for _ in range(20)]
     losses = []
     for linear in ("fp8", "torch"):
         torch.manual_seed(0)
@@ -237,7 +238,7 @@ def test_training_in_fp8_follows_training_in_bf16(layers: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
         model.train()
         losses.append([])
-        for batch in batches * 5:
+        for batch in batches:
             loss = model(batch, labels=batch, use_cache=False, skip_logits=True).loss
             loss.backward()
             optimizer.step()
