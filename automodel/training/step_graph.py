@@ -189,6 +189,9 @@ class StepGraph:
             # Outside of a graph first; what it leaves is what the last micro-batch of a step leaves: gradients.
             self._recorder.rehearse(lambda: self._backward(static, divisor, last=True))
             self._clear()
+            if lacking := [found for found in gather_objects(self._recorder.shortage()) if found is not None]:
+                self._give_up(lacking[0])
+                return None
         failure, captured, interrupted = None, None, False
 
         def run() -> torch.Tensor:
@@ -208,17 +211,18 @@ class StepGraph:
         if not failures:
             self._graphs[place] = captured
             return captured
-        self._give_up(failures[0][0], interrupted=any(interrupted for _, interrupted in failures))
+        reason, broken = failures[0][0], any(interrupted for _, interrupted in failures)
+        self._give_up(f"capturing failed: {reason}")
+        if broken and isinstance(self._model, FSDPModule):
+            # FSDP stands in the middle of a pass, and has no way back.
+            raise CkptError(f"forward and backward cannot be captured: {reason}", hint="set cuda_graphs: off")
         for parameter, gradient in zip(self._parameters, held, strict=True):
             parameter.grad = gradient
         return None
 
-    def _give_up(self, failure: str, *, interrupted: bool) -> None:
+    def _give_up(self, obstacle: str) -> None:
         self.close()
-        self._runs, self._obstacle = False, f"capturing failed: {failure}"
-        if interrupted and isinstance(self._model, FSDPModule):
-            # FSDP stands in the middle of a pass, and has no way back.
-            raise CkptError(f"forward and backward cannot be captured: {failure}", hint="set cuda_graphs: off")
+        self._runs, self._obstacle = False, obstacle
         _logger.warning("micro-batches run without CUDA graphs: %s", self._obstacle)
 
     def _clear(self) -> None:
@@ -240,6 +244,15 @@ class _Recorder:
         with torch.cuda.stream(self._stream):
             run()
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    def shortage(self) -> str | None:
+        """Why there is no memory for a graph, or None; it cannot take what the allocator keeps for other runs."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        if free >= needed:
+            return None
+        return f"a graph needs {needed / 2**30:.1f} GiB of its own, and {free / 2**30:.1f} GiB are free"
 
     def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         """The result of `run`, a tensor that every replay fills anew, and the function that replays.

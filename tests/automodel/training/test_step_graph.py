@@ -15,6 +15,7 @@ from automodel.training.data import Batch
 from automodel.training.optimizer import OptimizerConfig, build_optimizer
 from automodel.training.step import step_graph, train_step
 from automodel.training.step_graph import Place, StepGraph, graph_obstacle
+from ckpt_tools.core.errors import CkptError
 from tests.automodel.ranks import run_ranks
 from tests.automodel.tiny import VOCABULARY, moe_model
 
@@ -40,6 +41,9 @@ class Recorder:
 
     def rehearse(self, run: Callable[[], torch.Tensor]) -> None:
         run()
+
+    def shortage(self) -> str | None:
+        return None
 
     def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         self.captured += 1
@@ -187,6 +191,48 @@ def test_sharded_models_learn_the_same_from_graphs_that_all_processes_replay(mes
         assert losses == pytest.approx(expected, rel=1e-6)
         assert captured == micro_batches
         assert replayed == (7 - eager) * micro_batches
+
+
+def test_without_memory_for_a_graph_training_goes_on(on_a_gpu, monkeypatch, caplog) -> None:
+    model = a_model()
+    recorder = on_a_gpu(model)
+    monkeypatch.setattr(Recorder, "shortage", lambda _: "a graph needs 9.0 GiB of its own, and 8.0 GiB are free")
+    graph = step_graph(model, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = [train_step(model, optimizer, [a_batch(0)], None, max_grad_norm=None, graph=graph).loss for _ in range(6)]
+    assert losses == sorted(losses, reverse=True)
+    assert recorder.captured == 0
+    assert "micro-batches run without CUDA graphs: a graph needs 9.0 GiB" in caplog.text
+
+
+def test_a_capture_that_breaks_off_within_fsdp_is_an_error() -> None:
+    for outcome in run_ranks(2, broken_off):
+        assert outcome == "forward and backward cannot be captured: out of luck"
+
+
+def broken_off() -> str:
+    """What a rank says when captures end in the middle of a forward pass."""
+    mesh = ParallelMesh.of(MeshConfig(dp_shard=2).build())
+    model = a_model()
+    parallelize(model, mesh)
+    made = Recorder(model)
+    module.recorder, module.graph_obstacle = lambda _: made, lambda _: None
+
+    def break_off(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    def record(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        model.model.layers[1].register_forward_pre_hook(break_off)
+        return Recorder.record(made, run)
+
+    made.record = record
+    step = partial(train_step, model, torch.optim.SGD(model.parameters(), lr=1e-2), mesh=mesh, max_grad_norm=None)
+    graph = step_graph(model, 1)
+    for n in range(3):
+        step([a_batch(n)], graph=graph)
+    with pytest.raises(CkptError) as error:
+        step([a_batch(3)], graph=graph)
+    return str(error.value)
 
 
 def test_on_cpu_the_reason_is_said() -> None:
