@@ -68,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, default="qwen3-30b-8l")
     parser.add_argument("--implementations", default="transformers,transformers-compiled,ours")
     parser.add_argument("--micro-batches", default="1,4", help="4c: with activation checkpointing")
+    parser.add_argument("--tokens", choices=("skewed", "even"), default="skewed", help="how often each of them comes")
     parser.add_argument("--sequence", type=int, default=SEQUENCE)
     parser.add_argument("--dtype", default="bfloat16", help="of parameters, gradients and optimizer states")
     parser.add_argument("--lr", type=float, default=1e-5)
@@ -96,6 +97,7 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "case": arguments.case,
         "config": CASES[arguments.case],
         "sequence": arguments.sequence,
+        "tokens": arguments.tokens,
         "dtype": f"{arguments.dtype} parameters, gradients and AdamW states",
         "clipping": True,
         "lr": arguments.lr,
@@ -156,7 +158,9 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from automodel.training.processes import process_group
 
     with process_group(MINUTES) if arguments.gpus > 1 else nullcontext():
-        yield from _rows_of(arguments, build(arguments))
+        trainee = build(arguments)
+        yield from _rows_of(arguments, trainee)
+        trainee.end()
 
 
 def _rows_of(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[str, Any]]:
@@ -198,6 +202,8 @@ def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[st
     vocabulary = trainee.model.config.vocab_size
 
     def batch() -> torch.Tensor:
+        if arguments.tokens == "even":
+            return torch.randint(0, vocabulary, (size, arguments.sequence), generator=generator)
         # Few distinct tokens, unevenly: something to learn, and a router whose load is not even.
         ids = torch.empty(size, arguments.sequence).exponential_(3.0, generator=generator).mul(200).long()
         return ids.clamp(max=vocabulary - 1)

@@ -18,6 +18,9 @@ _PEERS: dict[str, Implementation] = {
 }
 """Other implementations that there are formulas for."""
 
+PEERS_KEEP = 40 << 30
+"""Bytes of parameters up to which other implementations keep layers gathered from forward to backward."""
+
 
 def predicted(arguments: argparse.Namespace, implementation: str, ep: int, batch: str) -> Memory | None:
     """Of one row; None where there is no formula for it.
@@ -30,7 +33,10 @@ def predicted(arguments: argparse.Namespace, implementation: str, ep: int, batch
         return None
     step = Step(int(batch.removesuffix("c")), arguments.sequence, batch.endswith("c"), kind)
     try:
-        return estimate(CASES[arguments.case], ShardingMesh(arguments.gpus // ep, ep), step)
+        mesh = ShardingMesh(arguments.gpus // ep, ep)
+        if kind == "native":
+            return estimate(CASES[arguments.case], mesh, step)
+        return estimate(CASES[arguments.case], mesh, step, keeps=PEERS_KEEP)
     except UsageError:
         return None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import training_peers
 import training_weights
 from training_cases import CASES, OURS
+from training_memory import PEERS_KEEP
 from transformers import AutoConfig, PreTrainedModel
 
 from automodel import MeshConfig
@@ -22,10 +22,9 @@ from automodel.parallel.mesh import ParallelMesh
 from automodel.training.data import Batch
 from automodel.training.optimizer import OptimizerConfig, build_optimizer
 from automodel.training.step import step_graph, train_step
+from automodel.training.step_graph import StepGraph
 
 MAX_GRAD_NORM = 1.0
-KEPT_GATHERED = 40 << 30
-"""Bytes of parameters up to which the other implementations keep layers gathered from forward to backward."""
 
 Measured = tuple[float | torch.Tensor, float | torch.Tensor]
 """Loss and gradient norm."""
@@ -37,6 +36,7 @@ class Trainee:
 
     Attributes:
         fill: gives the parameters their first values.
+        end: lets go of what holds on to the process group.
         mesh: that ours is sharded over; None in one process, and of other implementations.
     """
 
@@ -45,9 +45,11 @@ class Trainee:
     step: Callable[[torch.Tensor], Measured]
     fill: Callable[[], None]
     mesh: ParallelMesh | None = None
+    end: Callable[[], None] = lambda: None
 
     def start_over(self, *, checkpointing: bool) -> None:
         """First weights and an optimizer that has seen nothing, in the same memory; checkpointing on or off."""
+        self.end()
         self.fill()
         for state in self.optimizer.state.values():
             for tensor in state.values():
@@ -81,7 +83,7 @@ def build(arguments: argparse.Namespace) -> Trainee:
         parallelize(model, mesh)
     else:
         model = training_peers.transformers_model(arguments.child, config, dtype)
-        small = sum(p.numel() * p.element_size() for p in model.parameters()) <= KEPT_GATHERED
+        small = sum(p.numel() * p.element_size() for p in model.parameters()) <= PEERS_KEEP
         parallelize(model, mesh, reshard_after_forward=False if small else None)
     allocate(model, device)
 
@@ -104,18 +106,24 @@ def _ours(
     graphs: bool,
 ) -> Trainee:
     optimizer = build_optimizer(model, OptimizerConfig(lr=lr))
-    captured: dict[tuple[torch.Size, bool], Any] = {}
+    captured: dict[tuple[torch.Size, bool], StepGraph | None] = {}
+
+    def forget() -> None:
+        for graph in captured.values():
+            if graph is not None:
+                graph.close()
+        captured.clear()
 
     def step(ids: torch.Tensor) -> Measured:
         key = (ids.shape, model.is_gradient_checkpointing)
         if key not in captured:
-            captured.clear()
+            forget()
             captured[key] = step_graph(model, 1) if graphs else None
         batch = Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), ids).to(device)
         result = train_step(model, optimizer, [batch], mesh, max_grad_norm=MAX_GRAD_NORM, graph=captured[key])
         return result.loss, result.grad_norm
 
-    return Trainee(model, optimizer, step, fill, mesh)
+    return Trainee(model, optimizer, step, fill, mesh, forget)
 
 
 def _peer(

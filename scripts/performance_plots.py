@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performance_tables import title, training_runs
+from performance_tables import plot_name, title, tokens, training_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,8 +69,8 @@ def plots() -> Iterator[tuple[str, str]]:
                 for row in rows
                 if row["micro_batch"] == size
             ]
-            what = f"{case}, {gpus} x {made['gpu']}, micro-batch {size}"
-            yield f"training-{case}-{gpus}gpu-{size}.svg", plot(what, "tokens a second and GPU", bars)
+            what = f"{case}, {gpus} x {made['gpu']}, {tokens(made)} tokens, micro-batch {size}"
+            yield plot_name(made, size), plot(what, "tokens a second and GPU", bars)
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 TITLES = {
     "ours": "this project",
+    "ours-without-graphs": "this project, without CUDA graphs",
     "ours-all_to_all": "this project, experts through all-to-all",
     "transformers": "transformers, grouped_mm",
     "transformers-compiled": "transformers, grouped_mm, layers compiled",
@@ -106,10 +107,10 @@ def training(document: Document) -> str:
     made, rows = document["configuration"], document["rows"]
     lines = [
         f"**{made['case']}**: {made['config']['num_hidden_layers']} layers, {made['gpus']} x {made['gpu']}, sequence "
-        f"{made['sequence']:,}, torch {made['torch']}, transformers {made['transformers']}; medians of "
-        f"{made['steps']} steps; {made['flops_per_token'] / 1e9:.2f} GFLOP a token.",
+        f"{made['sequence']:,}, {tokens(made)} tokens, torch {made['torch']}, transformers {made['transformers']}; "
+        f"medians of {made['steps']} steps; {made['flops_per_token'] / 1e9:.2f} GFLOP a token.",
         "",
-        "| | micro-batch | ms | tokens/s/GPU | x transformers | TFLOP/s | GiB | loss, first and last step |",
+        "| | micro-batch | ms | tokens/s/GPU | x transformers | TFLOP/s | GiB | loss, first and last common step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     timed = [row for row in rows if "error" not in row]
@@ -117,6 +118,10 @@ def training(document: Document) -> str:
     for row in sorted(timed, key=lambda row: bool(row.get("checkpointing"))):
         if row["implementation"] == "transformers":
             base.setdefault(row["micro_batch"], row["seconds"])
+    common = {
+        row["micro_batch"]: min(len(r["losses"]) for r in timed if r["micro_batch"] == row["micro_batch"])
+        for row in timed
+    }
     for row in sorted(timed, key=lambda row: row["micro_batch"]):
         size, seconds = row["micro_batch"], row["seconds"]
         ratio = f"{base[size] / seconds:.2f}" if size in base else ""
@@ -124,7 +129,7 @@ def training(document: Document) -> str:
         lines.append(
             f"| {title(row, made['gpus'])} | {size} | {seconds * 1e3:.1f} | {row['tokens_per_second_per_gpu']:,} "
             f"| {ratio} | {row['model_tflops']:.0f}{used} | {row['peak_gib']} "
-            f"| {row['losses'][0]:.3f}, {row['losses'][-1]:.3f} |"
+            f"| {row['losses'][0]:.3f}, {row['losses'][common[size] - 1]:.3f} |"
         )
     for row in rows:
         if "error" in row:
@@ -138,9 +143,18 @@ def training(document: Document) -> str:
             alone = "" if bare is None else f"; communication that nothing else covers {bare:.1f}"
             lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}{alone}."]
     sizes = sorted({row["micro_batch"] for row in rows if "error" not in row})
-    name = f"training-{made['case']}-{made['gpus']}gpu"
-    lines += ["", *(f"![Tokens a second at micro-batch {size}](plots/{name}-{size}.svg)" for size in sizes)]
+    lines += ["", *(f"![Tokens a second at micro-batch {size}](plots/{plot_name(made, size)})" for size in sizes)]
     return "\n".join(lines) + "\n"
+
+
+def tokens(made: Document) -> str:
+    """How often each token of the vocabulary comes in the batches of a run."""
+    return str(made.get("tokens", "skewed"))
+
+
+def plot_name(made: Document, size: int) -> str:
+    """The plot of one micro-batch size of a run."""
+    return f"training-{made['case']}-{made['gpus']}gpu-{tokens(made)}-{size}.svg"
 
 
 def title(row: Document, gpus: int) -> str:
@@ -241,12 +255,12 @@ def gpu() -> str:
 
 
 def training_runs() -> Iterator[Document]:
-    """Runs of one case on as many GPUs as one document with the rows of all; the first one's configuration."""
-    found: dict[tuple[str, int], Document] = {}
+    """Runs of one case on as many GPUs and like tokens as one document of all rows; the first one's configuration."""
+    found: dict[tuple[str, int, str], Document] = {}
     for path in sorted(RESULTS.glob("training-*.json")):
         document = _read(path.name)
         made = document["configuration"]
-        first = found.setdefault((made["case"], made["gpus"]), {"configuration": made, "rows": []})
+        first = found.setdefault((made["case"], made["gpus"], tokens(made)), {"configuration": made, "rows": []})
         first["rows"] = [*first["rows"], *document["rows"]]
     yield from found.values()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from automodel.memory.activations import Activations
 from automodel.memory.sizes import Sizes, Step
-from automodel.memory.states import States
+from automodel.memory.states import KEPT_GATHERED_BYTES, States
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
 from ckpt_tools.engine.sharding import ShardingMesh
@@ -44,7 +44,13 @@ class Memory:
 
 
 def estimate(
-    config: Mapping[str, Any], mesh: ShardingMesh, step: Step, *, itemsize: int = 2, optimizer: str = "adamw-bf16"
+    config: Mapping[str, Any],
+    mesh: ShardingMesh,
+    step: Step,
+    *,
+    itemsize: int = 2,
+    optimizer: str = "adamw-bf16",
+    keeps: int = KEPT_GATHERED_BYTES,
 ) -> Memory:
     """The memory of a training step.
 
@@ -53,6 +59,7 @@ def estimate(
         mesh: native experts are divided over `ep`; all else, and all of transformers', is sharded over all processes.
         itemsize: bytes of an element of parameters, gradients and activations.
         optimizer: one of `OPTIMIZERS`.
+        keeps: bytes of gathered parameters up to which layers keep them from forward to backward.
 
     Raises:
         UsageError: the family's layers are not those of the formulas, or there is no such optimizer.
@@ -65,7 +72,7 @@ def estimate(
     sizes = Sizes.of(config, step, itemsize)
     if step.implementation != "native":
         mesh = ShardingMesh(dp_shard=mesh.ranks)
-    states = States.of(config, mesh, itemsize)
+    states = States.of(config, mesh, itemsize, keeps)
     activations = Activations(sizes, mesh, step.implementation, step.checkpointing)
     optimizer_bytes = states.total // itemsize * OPTIMIZERS[optimizer]
     nbytes, moment = max((nbytes, moment) for moment, nbytes in _moments(states, activations))

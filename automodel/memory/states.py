@@ -12,7 +12,7 @@ from ckpt_tools.engine.sharding import ShardingMesh, boxes
 from ckpt_tools.families import layout_for
 
 KEPT_GATHERED_BYTES = 2 << 30
-"""Layers that take no more than this together stay gathered from forward to backward."""
+"""What `parallelize` keeps gathered unless it is told."""
 
 _IN_FLIGHT = 3
 """Layers' worth of parameters that FSDP2 has beside the shards where it frees them after use: those that run, the next
@@ -31,6 +31,7 @@ class States:
         whole: what FSDP2 gathers of each layer: all but experts that are divided over processes; 0 in one process.
         experts: what FSDP2 gathers of each layer's divided experts, where `dp_shard` cuts them too.
         root_whole: what it gathers outside of the layers.
+        keeps: layers of which it gathers no more than this together stay gathered from forward to backward.
     """
 
     held: tuple[int, ...]
@@ -38,9 +39,12 @@ class States:
     whole: tuple[int, ...]
     experts: tuple[int, ...]
     root_whole: int
+    keeps: int = KEPT_GATHERED_BYTES
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], mesh: ShardingMesh, itemsize: int) -> States:
+    def of(
+        cls, config: Mapping[str, Any], mesh: ShardingMesh, itemsize: int, keeps: int = KEPT_GATHERED_BYTES
+    ) -> States:
         """Those of a config's layout on a mesh; experts are divided where `ep` is above 1."""
         layout = layout_for(config)
         if layout is None:
@@ -59,7 +63,7 @@ class States:
             elif not divided and mesh.ranks > 1:
                 whole[layer] += prod(tensor.shape) * itemsize
         most = max(ranks, key=sum)
-        return cls(tuple(most[:-1]), most[-1], tuple(whole[:-1]), tuple(experts), whole[-1])
+        return cls(tuple(most[:-1]), most[-1], tuple(whole[:-1]), tuple(experts), whole[-1], keeps)
 
     @property
     def total(self) -> int:
@@ -69,7 +73,7 @@ class States:
     def gathered(self, layers: int) -> int:
         """What layers have gathered when the first `layers` have run and their backward passes have not."""
         experts = _IN_FLIGHT * max(self.experts)
-        if sum(self.whole) <= KEPT_GATHERED_BYTES:
+        if sum(self.whole) <= self.keeps:
             return sum(self.whole[:layers]) + experts
         return _IN_FLIGHT * max(self.whole) + experts
 

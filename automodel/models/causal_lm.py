@@ -45,6 +45,7 @@ from automodel.models.saving import RepositorySaving
 from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.experts import Experts
 from automodel.moe.router import TopKRouter, load_balancing_loss
+from automodel.parallel.fsdp import computation_dtype
 from ckpt_tools.core.errors import UsageError
 
 _ATTENDING = ("full_attention", "sliding_attention")
@@ -205,7 +206,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         Args:
             device: where its parameters would be, None for where they are now.
         """
-        weight = Placement(device or self.lm_head.weight.device, self.lm_head.weight.dtype)
+        weight = Placement(device or self.lm_head.weight.device, computation_dtype(self))
         norm = resolve_norm(self.backend, weight.device, weight.dtype)
         sdpa = resolve_sdpa(self.backend, weight.device, weight.dtype, self.spec.scored_dim)
         spans = resolve_spans(self.backend, weight.device, weight.dtype, self.spec.scored_dim)

@@ -65,6 +65,10 @@ class Peers(Protocol):
         """The buffer of results on their way to their tokens."""
         ...
 
+    def addresses(self) -> list[int]:
+        """Where this process's buffers lie; others when one had to be made larger."""
+        ...
+
 
 class Mailbox:
     """Numbers exchanged by the processes of one host through a file in memory, within microseconds.
@@ -148,15 +152,22 @@ class SymmetricPeers:
         return self._mailbox.greatest(number)
 
     def outward(self, size: int) -> SymmetricBuffer:
-        stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None and stream != self._stream:
-            # The order of exchanges is that of one stream.
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        if not torch.cuda.is_current_stream_capturing():
+            # A graph is in the order of the stream that it is replayed on.
+            self._follow(torch.cuda.current_stream(self._device))
         return self._at_least("outward", size)
 
     def homeward(self, size: int) -> SymmetricBuffer:
         return self._at_least("homeward", size)
+
+    def addresses(self) -> list[int]:
+        return [buffer.own.data_ptr() for buffer in self._buffers.values()]
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Go on with exchanges on `stream`: their order is that of one stream."""
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _at_least(self, name: str, size: int) -> SymmetricBuffer:
         buffer = self._buffers.get(name)

@@ -18,7 +18,7 @@ def is_first() -> bool:
 
 def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
     """The values of all processes of the group, None for the default one; this process's alone where there is none."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     values: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)

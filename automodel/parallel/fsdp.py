@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from automodel.parallel.expert import divide_experts, expert_modules, shard_experts
@@ -107,6 +108,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             hint="set _no_split_modules on the class to the class name of its decoder layer",
         )
     return layers
+
+
+def computation_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which the matrices of `model` multiply: of its parameters, or what FSDP casts those to."""
+    own = next(model.parameters()).dtype
+    return (_state(model)._mp_policy.param_dtype or own) if isinstance(model, FSDPModule) else own
+
+
+def side_streams(model: nn.Module) -> list[torch.Stream]:
+    """The streams on which FSDP gathers and reduces; none before the first forward pass."""
+    if not isinstance(model, FSDPModule):
+        return []
+    return [held for held in vars(_state(model)._comm_ctx).values() if isinstance(held, torch.Stream)]
+
+
+def _state(model: FSDPModule) -> Any:
+    """What FSDP2 keeps of a module it shards; it has no public name."""
+    return model._get_fsdp_state()
 
 
 def mesh_device(mesh: ParallelMesh) -> torch.device:

@@ -111,8 +111,8 @@ class TrainingConfig:
         export_dir: a Hugging Face repository is written there at the end; null does not export.
         sync_gradients: `every` micro-batch reduces its gradients (little memory), or only the `last` one of a step
             does (little communication; each process keeps gradients of all parameters).
-        cuda_graphs: `auto` runs micro-batches as a CUDA graph where that can be done (one GPU, a native model, rows of
-            one document each), `off` launches kernels one by one.
+        cuda_graphs: `auto` runs micro-batches as a CUDA graph where that can be done (a native model, rows of one
+            document each, experts on the GPUs of one host), `off` launches kernels one by one.
         timeout_minutes: after which a process that waits for another gives up.
     """
 

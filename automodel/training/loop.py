@@ -176,7 +176,9 @@ class _Loop:
         config = self.setup.config
         processes = data_parallel(self.mesh.root)[1]
         micro_batches = config.global_batch_size // config.micro_batch_size // processes
-        return step_graph(self.model, micro_batches) if config.cuda_graphs == "auto" else None
+        if config.cuda_graphs == "off":
+            return None
+        return step_graph(self.model, micro_batches, sync_last=config.sync_gradients == "last")
 
     def run(self, state: TrainState) -> Report:
         config = self.setup.config
@@ -187,7 +189,11 @@ class _Loop:
         with Termination() as termination, Saver(config.checkpoint.async_save, self.setup.device, timeout) as saver:
             if self._saves_before_the_end(state.step):
                 saver.reserve(self._tensors(state))
-            self._take_steps(progress, saver, termination)
+            try:
+                self._take_steps(progress, saver, termination)
+            finally:
+                if self.graph is not None:
+                    self.graph.close()
         self._export()
         report = self._report(progress)
         if is_first():

@@ -23,7 +23,7 @@ from automodel.parallel.grad_norm import clip_factor, global_grad_norm, scale_gr
 from automodel.parallel.mesh import ParallelMesh
 from automodel.training.data import Batch
 from automodel.training.fused_adamw import FusedAdamW
-from automodel.training.step_graph import StepGraph
+from automodel.training.step_graph import Place, StepGraph
 from ckpt_tools.core.errors import CkptError
 
 
@@ -64,7 +64,8 @@ def train_step(
         mesh: None on a single process.
         max_grad_norm: None does not clip.
         sync_last: reduce gradients only in the last micro-batch; see `TrainingConfig.sync_gradients`.
-        graph: of `step_graph`, kept from step to step; None launches kernels one by one.
+        graph: of `step_graph`, made with the same `sync_last` and kept from step to step; None launches kernels one
+            by one.
         stop: this process asks all to stop after this step.
 
     Raises:
@@ -76,12 +77,14 @@ def train_step(
     tokens, stops = _sum_over(mesh, counts)
     share = (tokens / processes).float()
     total = torch.zeros((), device=device, dtype=torch.float64)
+    if graph is not None:
+        graph.begin(batches)
     for number, batch in enumerate(batches):
-        _prepare_backward(model, last=number == len(batches) - 1, sync_last=sync_last)
+        place = Place(first=number == 0, last=number == len(batches) - 1)
         if graph is None:
-            total += _backward(model, len(batches), batch, share)
+            total += _backward(model, len(batches), batch, share, last=place.last, sync_last=sync_last)
         else:
-            total += graph.backward(batch, share)
+            total += graph.backward(batch, share, place)
     norm = global_grad_norm(model, mesh)
     # The only wait for the device in a step.
     measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double(), stops.double()]).tolist()
@@ -98,12 +101,23 @@ def train_step(
     return result
 
 
-def step_graph(model: nn.Module, micro_batches: int) -> StepGraph:
+def step_graph(model: nn.Module, micro_batches: int, *, sync_last: bool = False) -> StepGraph:
     """Forward and backward of `model`'s micro-batches as CUDA graphs, in steps of that many."""
-    return StepGraph(model, partial(_backward, model, micro_batches))
+    return StepGraph(model, partial(_backward, model, micro_batches, sync_last=sync_last, settle=True))
 
 
-def _backward(model: nn.Module, micro_batches: int, batch: Batch, divisor: torch.Tensor) -> torch.Tensor:
+def _backward(
+    model: nn.Module,
+    micro_batches: int,
+    batch: Batch,
+    divisor: torch.Tensor,
+    *,
+    last: bool,
+    sync_last: bool,
+    settle: bool = False,
+) -> torch.Tensor:
+    """`Backward`. `settle` leaves nothing in flight for the next micro-batch to wait for, as FSDP does otherwise."""
+    _prepare_backward(model, last=last, sync_last=sync_last, settle=settle)
     loss = batch_loss(model, batch, divisor, micro_batches)
     loss.backward()
     return loss.detach()
@@ -143,10 +157,10 @@ def _takes_loss_arguments(model: nn.Module) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _prepare_backward(model: nn.Module, *, last: bool, sync_last: bool) -> None:
+def _prepare_backward(model: nn.Module, *, last: bool, sync_last: bool, settle: bool) -> None:
     if not isinstance(model, FSDPModule):
         return
-    model.set_is_last_backward(last)
+    model.set_is_last_backward(last or settle)
     if sync_last:
         model.set_requires_gradient_sync(last)
     else:

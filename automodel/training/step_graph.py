@@ -1,15 +1,18 @@
 """Forward and backward of a micro-batch as a CUDA graph.
 
 At small batches a step takes as long as the host needs to launch its kernels, one by one; a graph launches all of them
-at once. Where a graph cannot be made the micro-batch runs as usual, and the log says why.
+at once, FSDP's gathers and reductions included. Where a graph cannot be made the micro-batch runs as usual, and the log
+says why. A graph contains what processes do together, so all of them replay one, or none does: they agree at the
+beginning of each step.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,41 +21,69 @@ from torch.distributed.fsdp import FSDPModule
 from automodel.logging import get_logger, log_once
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.moe.experts import Experts
+from automodel.parallel.agree import gather_objects
+from automodel.parallel.fsdp import computation_dtype, side_streams
+from automodel.parallel.local import local_part
 from automodel.training.data import Batch
+from ckpt_tools.core.errors import CkptError
 
 _logger = get_logger(__name__)
-
-Backward = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""(micro-batch, divisor of its loss) -> its loss, detached; gradients are added to the parameters'."""
 
 _EAGER_RUNS = 3
 """Micro-batches of one shape before a graph is made: compilers and libraries choose their kernels in them."""
 
 
+class Backward(Protocol):
+    """Forward and backward of one micro-batch."""
+
+    def __call__(self, batch: Batch, divisor: torch.Tensor, *, last: bool) -> torch.Tensor:
+        """The loss divided by `divisor`, detached; gradients are added to the parameters'. `last`: of its step."""
+        ...
+
+
+class Place(NamedTuple):
+    """Where in its step a micro-batch is: what becomes of gradients depends on it."""
+
+    first: bool
+    last: bool
+
+
+class _Readiness(IntEnum):
+    """How far a process is with a step; all of them do what the least ready one can."""
+
+    EAGER = 0
+    CAPTURE = 1
+    REPLAY = 2
+
+
 def graph_obstacle(model: nn.Module) -> str | None:
     """Why micro-batches of `model` cannot run as a CUDA graph, or None when they can."""
-    if next(model.parameters()).device.type != "cuda":
+    device = next(model.parameters()).device
+    if device.type != "cuda":
         return "graphs need CUDA"
     if not isinstance(model, NativeCausalLM):
         return f"{type(model).__name__} may wait for the device, as no native model does"
-    if isinstance(model, FSDPModule):
-        return "the model is sharded by FSDP, whose hooks run on the host"
     if getattr(model, "is_gradient_checkpointing", False):
         return "activation checkpointing keeps the state of random numbers, which a graph cannot"
     for module in model.modules():
         if isinstance(module, Experts):
-            kernel = module.kernel_for(module.down_proj)
-            return f"experts by {kernel} wait for the device" if kernel in ("torch", "te") else None
+            kernel = module.kernel_on(device, computation_dtype(model))
+            if kernel in ("torch", "te"):
+                return f"experts by {kernel} wait for the device"
+            if module.dispatcher is not None and module.resolve_dispatch(kernel).kernel != "symmetric":
+                return "the all-to-all of the experts waits for the device"
+            return None
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph with the tensors that it reads and writes."""
+    """A graph with the tensors that it reads and writes, gradients among them."""
 
     batch: Batch
     divisor: torch.Tensor
     loss: torch.Tensor
+    gradients: list[torch.Tensor | None]
     replay: Callable[[], None]
 
     def run(self, batch: Batch, divisor: torch.Tensor) -> torch.Tensor:
@@ -64,11 +95,11 @@ class _Captured:
 
 
 class StepGraph:
-    """`backward` for micro-batches, replayed from a graph for the shape that is seen first and often.
+    """`backward` for micro-batches, replayed from graphs for the shape that is seen first and often.
 
     Replays leave the gradients in tensors of their own, which become the parameters' gradients; clearing those with
     `zero_grad(set_to_none=True)` is right, keeping them from step to step is not. The parameters must stay where they
-    are: a model that moves is captured anew.
+    are: a model that moves is captured anew. Before the process group ends, `close` must be called.
 
     Args:
         model: whose parameters receive gradients.
@@ -76,106 +107,174 @@ class StepGraph:
     """
 
     def __init__(self, model: nn.Module, backward: Backward) -> None:
+        self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._backward = backward
-        self._seen: Counter[torch.Size] = Counter()
         self._obstacle = graph_obstacle(model)
-        self._forget()
+        self._obstacle_is_shared = False
+        self._seen: dict[torch.Size, int] = {}
+        self._runs = False
+        self._recorder: _Recorder | None = None
+        self.close()
 
-    def backward(self, batch: Batch, divisor: torch.Tensor) -> torch.Tensor:
-        """The loss of a micro-batch, with gradients added to those of the micro-batches before it in this step."""
-        replay = self._graph_for(batch)
-        if replay is None:
-            return self._backward(batch, divisor)
-        loss = replay.run(batch, divisor)
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+    def close(self) -> None:
+        """Forget the graphs, and with them their memory and their hold on the process group."""
+        self._shape: torch.Size | None = None
+        self._graphs: dict[Place, _Captured] = {}
+        self._recorder = None
+        self._addresses: list[int] = []
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are: one for each place in a step."""
+        return len(self._graphs)
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Decide, with all other processes, whether the micro-batches of the step that begins run as graphs."""
+        if not self._obstacle_is_shared:
+            self._obstacle = next((found for found in gather_objects(self._obstacle) if found is not None), None)
+            self._obstacle_is_shared = True
+        self._runs = False
+        if self._obstacle is not None:
+            log_once(_logger, logging.INFO, f"micro-batches run without CUDA graphs: {self._obstacle}")
+            return
+        agreed = min(gather_objects(self._readiness(batches)))
+        for batch in batches:
+            self._seen[batch.input_ids.shape] = self._seen.get(batch.input_ids.shape, 0) + 1
+        if agreed == _Readiness.CAPTURE:
+            self.close()
+            self._shape, self._addresses = batches[0].input_ids.shape, self._addresses_now()
+        self._runs = agreed != _Readiness.EAGER
+
+    def backward(self, batch: Batch, divisor: torch.Tensor, place: Place) -> torch.Tensor:
+        """The loss of a micro-batch of the step, with gradients added to those of the micro-batches before it."""
+        captured = (self._graphs.get(place) or self._capture(batch, place)) if self._runs else None
+        if captured is None:
+            return self._backward(batch, divisor, last=place.last)
+        loss = captured.run(batch, divisor)
+        for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
             parameter.grad = gradient
         return loss
 
-    def _graph_for(self, batch: Batch) -> _Captured | None:
-        """The graph that can run this micro-batch now, made where it is time to."""
-        shape = batch.input_ids.shape
-        if self._obstacle is not None:
-            log_once(_logger, logging.INFO, f"micro-batches run without CUDA graphs: {self._obstacle}")
-            return None
-        if batch.is_packed:
+    def _readiness(self, batches: Sequence[Batch]) -> _Readiness:
+        """What this process could do with a step of these micro-batches."""
+        if any(batch.is_packed for batch in batches):
             log_once(_logger, logging.INFO, "packed micro-batches run without CUDA graphs: their documents differ")
-            return None
-        if self._addresses != self._addresses_now():
-            self._forget()
-        self._seen[shape] += 1
-        if self._seen[shape] <= _EAGER_RUNS or self._shape not in (None, shape):
-            return None
-        if all(parameter.grad is None for parameter in self._parameters):
-            return self._first or self._capture(batch)
-        if self._first is None or not self._holds_own_gradients():
-            # The step began without a graph, and goes on so.
-            return None
-        return self._next or self._capture(batch)
-
-    def _holds_own_gradients(self) -> bool:
-        return all(p.grad is g for p, g in zip(self._parameters, self._gradients, strict=True))
+            return _Readiness.EAGER
+        shape = batches[0].input_ids.shape
+        if any(batch.input_ids.shape != shape for batch in batches) or self._shape not in (None, shape):
+            return _Readiness.EAGER
+        if self._seen.get(shape, 0) < _EAGER_RUNS or any(p.grad is not None for p in self._parameters):
+            return _Readiness.EAGER
+        places = {Place(number == 0, number == len(batches) - 1) for number in range(len(batches))}
+        ready = places <= self._graphs.keys() and self._addresses == self._addresses_now()
+        return _Readiness.REPLAY if ready else _Readiness.CAPTURE
 
     def _addresses_now(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._parameters]
+        """Of what lies outside the graphs' own memory: the parameters, and what processes read from each other."""
+        buffers: list[int] = []
+        for peers in {
+            m.peers for m in self._model.modules() if isinstance(m, Experts) and not isinstance(m.peers, str)
+        }:
+            buffers += peers.addresses()
+        return [local_part(parameter).data_ptr() for parameter in self._parameters] + buffers
 
-    def _forget(self) -> None:
-        self._shape: torch.Size | None = None
-        self._first: _Captured | None = None
-        """Writes gradients."""
-        self._next: _Captured | None = None
-        """Adds to the gradients that `_first` wrote."""
-        self._gradients: list[torch.Tensor | None] = []
-        self._addresses = self._addresses_now()
-
-    def _capture(self, batch: Batch) -> _Captured | None:
+    def _capture(self, batch: Batch, place: Place) -> _Captured | None:
         static = Batch(*(t.clone() for t in (batch.input_ids, batch.position_ids, batch.labels)))
         static.__dict__.update(target_tokens=batch.target_tokens, is_packed=batch.is_packed)
         divisor = torch.ones((), device=batch.input_ids.device)
         held = [parameter.grad for parameter in self._parameters]
+        if self._recorder is None:
+            self._recorder = recorder(self._model)
+            # Outside of a graph first; what it leaves is what the last micro-batch of a step leaves: gradients.
+            self._recorder.rehearse(lambda: self._backward(static, divisor, last=True))
+            self._clear()
+            if lacking := [found for found in gather_objects(self._recorder.shortage()) if found is not None]:
+                self._give_up(lacking[0])
+                return None
+        failure, captured, interrupted = None, None, False
+
+        def run() -> torch.Tensor:
+            nonlocal interrupted
+            interrupted = True
+            loss = self._backward(static, divisor, last=place.last)
+            interrupted = False
+            return loss
+
         try:
-            loss, replay = capture(
-                lambda: self._backward(static, divisor), self._clear if self._first is None else None
-            )
+            loss, replay = self._recorder.record(run)
+            captured = _Captured(static, divisor, loss, [p.grad for p in self._parameters], replay)
         except RuntimeError as error:
             # What invalidated the capture was raised first, and ending the capture raised again.
-            first = error.__context__ or error
-            self._obstacle = f"capturing failed: {str(first).splitlines()[0]}"
-            for parameter, gradient in zip(self._parameters, held, strict=True):
-                parameter.grad = gradient
-            _logger.warning("micro-batches run without CUDA graphs: %s", self._obstacle)
-            return None
-        captured = _Captured(static, divisor, loss, replay)
-        if self._first is None:
-            self._first, self._shape = captured, batch.input_ids.shape
-            self._gradients = [parameter.grad for parameter in self._parameters]
-        else:
-            self._next = captured
-        return captured
+            failure = str(error.__context__ or error).splitlines()[0]
+        failures = [found for found in gather_objects((failure, interrupted)) if found[0] is not None]
+        if not failures:
+            self._graphs[place] = captured
+            return captured
+        reason, broken = failures[0][0], any(interrupted for _, interrupted in failures)
+        self._give_up(f"capturing failed: {reason}")
+        if broken and isinstance(self._model, FSDPModule):
+            # FSDP stands in the middle of a pass, and has no way back.
+            raise CkptError(f"forward and backward cannot be captured: {reason}", hint="set cuda_graphs: off")
+        for parameter, gradient in zip(self._parameters, held, strict=True):
+            parameter.grad = gradient
+        return None
+
+    def _give_up(self, obstacle: str) -> None:
+        self.close()
+        self._runs, self._obstacle = False, obstacle
+        _logger.warning("micro-batches run without CUDA graphs: %s", self._obstacle)
 
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
 
-def capture(
-    run: Callable[[], torch.Tensor], trial: Callable[[], None] | None
-) -> tuple[torch.Tensor, Callable[[], None]]:
-    """The result of `run`, a tensor that every replay fills anew, and the function that replays.
+class _Recorder:
+    """Makes graphs that run one after another on a stream, in memory that they share."""
 
-    Args:
-        run: launches kernels, and waits for none.
-        trial: called after a first run outside of the graph, to clear its traces; None leaves that run out.
-    """
-    stream = torch.cuda.Stream()
-    if trial is not None:
-        # Libraries have workspaces for each stream, and make them at first use.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stream = torch.cuda.Stream()
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def rehearse(self, run: Callable[[], torch.Tensor]) -> None:
+        """Run what will be recorded: libraries have workspaces for each stream, and make them at first use."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             run()
-        torch.cuda.current_stream().wait_stream(stream)
-        trial()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = run()
-    return result, graph.replay
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def shortage(self) -> str | None:
+        """Why there is no memory for a graph, or None; it cannot take what the allocator keeps for other runs."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        if free >= needed:
+            return None
+        return f"a graph needs {needed / 2**30:.1f} GiB of its own, and {free / 2**30:.1f} GiB are free"
+
+    def record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """The result of `run`, a tensor that every replay fills anew, and the function that replays.
+
+        Args:
+            run: launches kernels, and waits for none.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's threads ask for the state of events meanwhile, which does no harm to this one's capture.
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            result = run()
+            self._join()
+        return result, graph.replay
+
+    def _join(self) -> None:
+        """End the branches of the capture on the streams of FSDP, where nothing waits for their last event."""
+        for stream in side_streams(self._model):
+            with torch.cuda.stream(stream):
+                branched = torch.cuda.is_current_stream_capturing()
+            if branched:
+                self._stream.wait_stream(stream)
+
+
+recorder = _Recorder
+"""What records; tests on machines without CUDA put their own in its place."""

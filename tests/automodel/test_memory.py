@@ -61,12 +61,16 @@ def measured() -> Iterator[Any]:
             step = Step(row["micro_batch"], made["sequence"], bool(row.get("checkpointing")), kind)
             mesh = ShardingMesh(made["gpus"] // row.get("ep", made["gpus"]), row.get("ep", made["gpus"]))
             name = f"{path.stem} {row['implementation']} {step.batch}"
-            yield pytest.param(made["config"], mesh, step, row["peak_gib"], id=name)
+            # What `training_memory.PEERS_KEEP` of the benchmarks says; ours keep what `parallelize` does.
+            kept = {} if kind == "native" else {"keeps": 40 << 30}
+            yield pytest.param(made["config"], mesh, step, kept, row["peak_gib"], id=name)
 
 
-@pytest.mark.parametrize(("config", "mesh", "step", "gib"), list(measured()))
-def test_the_peak_is_near_the_one_measured(config: dict[str, Any], mesh: ShardingMesh, step: Step, gib: float) -> None:
-    assert estimate(config, mesh, step).peak / 2**30 == pytest.approx(gib, rel=0.1)
+@pytest.mark.parametrize(("config", "mesh", "step", "kept", "gib"), list(measured()))
+def test_the_peak_is_near_the_one_measured(
+    config: dict[str, Any], mesh: ShardingMesh, step: Step, kept: dict[str, int], gib: float
+) -> None:
+    assert estimate(config, mesh, step, **kept).peak / 2**30 == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="the formulas are those of transformers 5")

@@ -51,6 +51,9 @@ class FilePeers:
     def homeward(self, size: int) -> FileBuffer:
         return self._at_least("homeward", size)
 
+    def addresses(self) -> list[int]:
+        return [buffer.own.data_ptr() for buffer in self._buffers.values()]
+
     def _at_least(self, name: str, size: int) -> FileBuffer:
         if name not in self._buffers or len(self._buffers[name].own) < size:
             self.made += 1

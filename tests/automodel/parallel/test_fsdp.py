@@ -162,6 +162,19 @@ def test_computing_in_bfloat16_leaves_the_decay_in_float32():
         assert dtypes == [torch.float32, {torch.float32, torch.bfloat16}]
 
 
+def _norm_kernels(mesh_config):
+    """What would run the norms of an FP32 model on an accelerator, and once it is sharded to compute in BF16."""
+    model, accelerator = moe_model(), torch.device("meta")
+    whole = model.backend_report(accelerator)
+    parallelize(model, mesh_config.build(), mixed_precision=MixedPrecision(torch.bfloat16, torch.float32))
+    reports = (whole, model.backend_report(accelerator))
+    return [next(row.kernel for row in report.rows if row.layer == "norm") for report in reports]
+
+
+def test_the_report_is_of_the_dtype_that_is_computed_in():
+    assert run_ranks(2, _norm_kernels, MeshConfig(dp_shard=2)) == [["torch", "fused"]] * 2
+
+
 def _bias_in_forward(mesh_config):
     model = deepseek_v3_model()
     expected = model.model.layers[1].mlp.gate.e_score_correction_bias.clone()
