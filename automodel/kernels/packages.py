@@ -14,15 +14,6 @@ from ckpt_tools.core.packages import Package, is_found
 KERNEL_PACKAGES = (
     Package("triton", "triton", "fused experts, loss and AdamW, compiled layers", "triton"),
     Package("flash-attn-4", "flash_attn.cute", "attention", "'flash-attn-4>=4.0.0b1'"),
-    Package(
-        "transformer-engine",
-        "transformer_engine",
-        "attention, linear layers and FP8",
-        "--no-build-isolation 'transformer-engine[pytorch]'",
-    ),
-    # It pins an older torch and works with newer ones.
-    Package("sonic-moe", "sonicmoe", "experts", "quack-kernels && pip install --no-deps sonic-moe"),
-    Package("deep_ep", "deep_ep", "dispatch", "--no-build-isolation git+https://github.com/deepseek-ai/DeepEP"),
     Package("mamba_ssm", "mamba_ssm", "Mamba-2 layers", "--no-build-isolation mamba-ssm"),
     Package(
         "causal_conv1d",
