@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import os
 import sys
-from typing import NoReturn
 
 from automodel.training.loop import run
+from ckpt_tools.core.ending import end_process
 from ckpt_tools.core.errors import CkptError
 
 
@@ -28,17 +26,5 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _end(code: int) -> NoReturn:
-    """End the process with what is to be done at exit, but not the interpreter first.
-
-    A thread of gloo may still have to let go of the last collective's tensors, for which it needs the interpreter; if
-    that is ending, the process dies by SIGABRT, and a job that is done has failed (pytorch/pytorch#190489).
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    end_process(main())

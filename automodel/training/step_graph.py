@@ -9,6 +9,7 @@ beginning of each step.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -112,16 +113,15 @@ class StepGraph:
         self._backward = backward
         self._obstacle = graph_obstacle(model)
         self._obstacle_is_shared = False
-        self._seen: dict[torch.Size, int] = {}
+        self._seen: Counter[torch.Size] = Counter()
         self._runs = False
-        self._recorder: _Recorder | None = None
         self.close()
 
     def close(self) -> None:
         """Forget the graphs, and with them their memory and their hold on the process group."""
         self._shape: torch.Size | None = None
         self._graphs: dict[Place, _Captured] = {}
-        self._recorder = None
+        self._recorder: _Recorder | None = None
         self._addresses: list[int] = []
 
     @property
@@ -139,8 +139,7 @@ class StepGraph:
             log_once(_logger, logging.INFO, f"micro-batches run without CUDA graphs: {self._obstacle}")
             return
         agreed = min(gather_objects(self._readiness(batches)))
-        for batch in batches:
-            self._seen[batch.input_ids.shape] = self._seen.get(batch.input_ids.shape, 0) + 1
+        self._seen.update(batch.input_ids.shape for batch in batches)
         if agreed == _Readiness.CAPTURE:
             self.close()
             self._shape, self._addresses = batches[0].input_ids.shape, self._addresses_now()
@@ -164,7 +163,7 @@ class StepGraph:
         shape = batches[0].input_ids.shape
         if any(batch.input_ids.shape != shape for batch in batches) or self._shape not in (None, shape):
             return _Readiness.EAGER
-        if self._seen.get(shape, 0) < _EAGER_RUNS or any(p.grad is not None for p in self._parameters):
+        if self._seen[shape] < _EAGER_RUNS or any(p.grad is not None for p in self._parameters):
             return _Readiness.EAGER
         places = {Place(number == 0, number == len(batches) - 1) for number in range(len(batches))}
         ready = places <= self._graphs.keys() and self._addresses == self._addresses_now()

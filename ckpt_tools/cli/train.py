@@ -6,9 +6,10 @@ import contextlib
 import json as json_module
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,8 @@ EXAMPLES = (
 
 STDERR = 2
 """Descriptor of standard error."""
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(
@@ -114,18 +117,47 @@ def _train_under_torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "ckpt_tools", "train", config]
     command += [text for override in overrides for text in ("--set", override)]
-    child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt as signalled:
-        if isinstance(signalled, TerminationSignal):
-            child.terminate()
-        # The terminal has sent Ctrl-C to torchrun too. It passes a signal on, and ends after its processes.
-        child.wait()
-        raise
+    with _signals_held() as release:
+        child = subprocess.Popen([*command, *(["--quiet"] if quiet else [])], stdout=STDERR)
+        try:
+            release()
+            code = child.wait()
+        except KeyboardInterrupt as signalled:
+            if isinstance(signalled, TerminationSignal):
+                child.terminate()
+            # The terminal has sent Ctrl-C to torchrun too. It passes a signal on, and ends after its processes.
+            child.wait()
+            raise
     if code:
         raise TrainingFailed(code if code > 0 else 128 - code)
     return _written_report(config, overrides) if report else {}
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[Callable[[], None]]:
+    """Signals that ask to end wait until the function given is called, or the block ends.
+
+    One that comes while a process is being started would leave behind a process that nobody knows.
+    """
+    came: list[int] = []
+    # What is ignored stays so, also in the process that is started.
+    before = {number: handler for number in _ENDING if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda came_now, _: came.append(came_now))
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+        if came:
+            first = came[0]
+            came.clear()
+            signal.raise_signal(first)
+
+    try:
+        yield release
+    finally:
+        release()
 
 
 def _written_report(config: str, overrides: Sequence[str]) -> Mapping[str, object]:

@@ -133,13 +133,28 @@ main()
 """
 
 
-def test_sigterm_is_passed_on_to_torchrun_whose_processes_save_first(config: Path, torchrun: Path) -> None:
+SLOWLY_STARTED = """
+import subprocess, time
+start = subprocess.Popen.__init__
+def slowly(*arguments, **options):
+    start(*arguments, **options)
+    time.sleep(0.5)
+subprocess.Popen.__init__ = slowly
+"""
+
+
+@pytest.mark.parametrize("before", ["", SLOWLY_STARTED], ids=["as it runs", "as it starts"])
+def test_sigterm_is_passed_on_to_torchrun_whose_processes_save_first(config: Path, torchrun: Path, before: str) -> None:
     ending = f"trap 'sleep 0.2; echo saved > {torchrun}/saved; exit 1' TERM\nkill -TERM $PPID\nsleep 20 & wait"
     (torchrun / "ending").write_text(ending)
     python, script = os.path.realpath(f"/proc/{os.getpid()}/exe"), str(torchrun / "python")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(
-        [python, "-c", TERMINATED, script, str(config)], env=environment, capture_output=True, text=True, check=False
+        [python, "-c", before + TERMINATED, script, str(config)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (torchrun / "saved").read_text() == "saved\n"
     assert ran.returncode == 128 + signal.SIGTERM
