@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
+from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
 from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
-from automodel.kernels.packages import is_at_least, is_installed
+from automodel.kernels.packages import is_installed
 from automodel.kernels.short_conv import causal_conv1d_obstacle
 from automodel.kernels.sonic import sonic_obstacle
 from automodel.kernels.te import LinearKernel, alignment_obstacle, te_obstacle
@@ -52,10 +53,10 @@ class Backend:
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
             Triton kernels around the products, `"sonic"` is SonicMoE's products, which do that work themselves, `"te"`
-            runs TransformerEngine's products, an expert at a time.
+            runs TransformerEngine's products, an expert at a time. `"auto"` goes by `measured.SONIC_WINS`.
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
             host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
-            `"deepep"` through DeepEP. `"auto"` takes neither this nor `"sonic"`, until they are measured to be faster.
+            `"deepep"` through DeepEP, which was measured to take longer.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, `"te"`
             TransformerEngine's.
@@ -128,7 +129,6 @@ _EVERYWHERE = {
     },
     "te": {layer: "te" for layer, choice in _CHOICES.items() if "te" in get_args(choice)},
 }
-_BY_NAME = "{} can run, and runs when asked for by name: it has not been measured to be faster"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +174,19 @@ def resolve_experts(
     activation: GatedActivation | Ungated = SWIGLU,
     *,
     bias: bool = False,
+    divided: bool = False,
 ) -> ResolvedExperts:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
+
+    Args:
+        divided: whether processes divide the experts; symmetric dispatch is part of the fused kernel.
 
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
     """
+
+    def fused() -> str | None:
+        return fused_obstacle(device, dtype, hidden, width, activation)
 
     def sonic() -> str | None:
         return sonic_obstacle(device, dtype, hidden, width, activation, bias=bias)
@@ -193,8 +200,12 @@ def resolve_experts(
             refuse("experts", "te", found)
         return ResolvedExperts("te", "asked for")
     reason = ""
+    if backend.experts == "auto" and not divided and measured.sonic_wins(activation) and fused() is None:
+        if (found := sonic()) is None:
+            return ResolvedExperts("sonic")
+        reason = found
     for kernel, obstacle in (
-        ("fused", lambda: fused_obstacle(device, dtype, hidden, width, activation)),
+        ("fused", fused),
         ("grouped_mm", lambda: grouped_mm_obstacle(device, dtype, hidden, width)),
     ):
         if backend.experts not in ("auto", kernel):
@@ -202,8 +213,6 @@ def resolve_experts(
             continue
         found = obstacle()
         if found is None:
-            if backend.experts == "auto" and kernel == "fused" and sonic() is None:
-                reason = _BY_NAME.format("sonic")
             return ResolvedExperts(kernel, reason)
         if backend.experts == kernel:
             refuse("experts", kernel, found)
@@ -235,7 +244,7 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
     if obstacle is None and experts != "fused":
         obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
     if obstacle is None:
-        return ResolvedDispatch("symmetric", _BY_NAME.format("deepep") if is_at_least("deep_ep", 1) else "")
+        return ResolvedDispatch("symmetric")
     if backend.dispatch == "symmetric":
         refuse("dispatch", "symmetric", obstacle)
     return ResolvedDispatch("all_to_all", obstacle)

@@ -84,6 +84,8 @@ OURS: dict[str, str | dict[str, str]] = {
     "ours-without-graphs": "auto",
     "ours-eager": {"layers": "eager"},
     "ours-grouped_mm": {"experts": "grouped_mm"},
+    "ours-fused": {"experts": "fused"},
+    "ours-sonic": {"experts": "sonic"},
     "ours-cudnn": {"sdpa": "cudnn"},
     "ours-all_to_all": {"dispatch": "all_to_all"},
     "ours-symmetric": {"dispatch": "symmetric"},

@@ -10,9 +10,17 @@ COMMUNICATION = "communication"
 KINDS = {
     COMMUNICATION: ("nccl", "barrier_kernel", "_spread_tokens", "_sum_for_peers", "_sum_own", "_publish"),
     "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq"),
-    "experts": ("enable_3x_kernel_for_sm9x", "_activate", "_gather_rows", "_spread_rows", "_sum_rows", "RadixSort"),
+    "experts": (
+        "quack",
+        "enable_3x_kernel_for_sm9x",
+        "_activate",
+        "_gather_rows",
+        "_spread_rows",
+        "_sum_rows",
+        "RadixSort",
+    ),
     "loss": ("_softmax_gradient", "SoftMax"),
-    "optimizer and gradient norm": ("_adamw", "multi_tensor_apply"),
+    "optimizer and gradient norm": ("_adamw", "multi_tensor_apply", "_square_sums"),
     "dense products": ("nvjet", "gemm", "cublas"),
     "norms, rope, residuals": ("triton_",),
 }

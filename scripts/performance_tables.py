@@ -188,8 +188,9 @@ def experts(document: Document) -> str:
     """The table of `experts.json`, or of another model's `experts-*.json`."""
     shape = document["shape"]
     lines = [
-        f"**One expert block**, {document['gpu']}: hidden {shape['hidden']}, {shape['experts']} experts of width "
-        f"{shape['width']}, top {shape['top_k']}, uneven load; the share is of a matrix product's "
+        f"**One expert block of {document['model']}**, {document['gpu']}: hidden {shape['hidden']}, "
+        f"{shape['experts']} experts of width {shape['width']}, top {shape['top_k']}, uneven load; the share is of a "
+        "matrix product's "
         f"{document['matmul_tflops']:.0f} TFLOP/s in the same process.",
         "",
         "| | tokens | forward ms | forward and backward ms | share | saved for backward GB |",
@@ -233,15 +234,31 @@ def transformer_engine(document: Document) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
-        if "error" in row:
-            lines.append(f"| {row['case']} | {row['kernel']} | {row['error'][:80]} | | | |")
+        if row["kind"] == "linear":
             continue
         graph = f"{row['graph_ms']:.3f}" if row["graph_ms"] else "not possible"
         lines.append(
             f"| {row['case']} | {row['kernel']} | {row['ms']:.3f} | {graph} "
             f"| {row['output_error']:.1e} | {row['gradient_error']:.1e} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_linear_layers(document["rows"])]) + "\n"
+
+
+def _linear_layers(rows: list[Document]) -> Iterator[str]:
+    """One line a size, one column a kernel; errors of the output and of the gradients once, which sizes hardly move."""
+    kernels = ("torch", "te", "fp8", "te.Linear fp8", "fp8_block", "te.Linear fp8_block")
+    cases: dict[str, dict[str, Document]] = {}
+    for row in rows:
+        if row["kind"] == "linear":
+            cases.setdefault(row["case"].removeprefix("linear "), {})[row["kernel"]] = row
+    worst = [max((case[k] for case in cases.values()), key=lambda row: row["gradient_error"]) for k in kernels]
+    errors = [f"{row['output_error']:.1e}, {row['gradient_error']:.1e}" for row in worst]
+    yield f"| linear layer, ms one by one, in a CUDA graph | {' | '.join(kernels)} |"
+    yield "|" + "---|" * (1 + len(kernels))
+    for case, by_kernel in cases.items():
+        times = [f"{by_kernel[kernel]['ms']:.2f}, {by_kernel[kernel]['graph_ms']:.2f}" for kernel in kernels]
+        yield f"| {case} | {' | '.join(times)} |"
+    yield f"| errors of output, gradients | {' | '.join(errors)} |"
 
 
 def gpu() -> str:

@@ -1,35 +1,58 @@
 """What was measured to be faster than what: the numbers behind `backend="auto"`, and where each comes from.
 
-All are times of forward and backward in BF16 on one H200, with torch 2.11 and CUDA 13.0. Those of TransformerEngine are
-of its own modules, not yet of our calls, which `benchmarks/te.py` measures.
+All are times of forward and backward in BF16 on one H200, with torch 2.11 and CUDA 13.0, from `benchmarks/te.py` and
+`benchmarks/results/te.json` (TransformerEngine 2.20.2) where nothing else is said.
 """
 
 from __future__ import annotations
 
+from automodel.kernels.activations import GatedActivation, Ungated, is_relu_squared
 from automodel.kernels.te import LinearKernel
 
 ATTENTION = {
     "flash4": 0.93,  # 3.69 ms, cuDNN 3.98 ms: 4 rows of 4,096 tokens, 32 query and 4 key heads of 128
     "cudnn": 1.00,
-    "te": 1.10,  # TransformerEngine 2.20.2: 2.126 ms, cuDNN 1.938 ms: 2 such rows
-    "flash": 1.69,  # torch's: 6.74 ms, cuDNN 3.98 ms: 4 such rows
+    "te": 1.00,  # 1.965 ms, cuDNN 1.970 ms: 2 such rows
+    "flash": 1.91,  # torch's: 3.768 ms
 }
 """Causal attention over whole rows, over the time of cuDNN's. `te` is cuDNN's kernel too, and has packed documents:
-1.909 ms for 1000, 3000, 96 and 4096 tokens with these heads, where torch's kernels document by document take 2.855."""
+1.856 ms for 1000, 3000, 96 and 4096 tokens with these heads, where torch's kernels document by document take 2.995; and
+windows of 128 tokens in 64 heads of 64, within a CUDA graph 0.664 ms where torch's take 0.884, launched one by one
+0.970 and 0.897."""
 
 FP8_WINS: dict[LinearKernel, tuple[tuple[int, int, int], ...]] = {
-    # rows, and the smaller and the larger side of the weight
-    "fp8": ((16_384, 4096, 12_288),),  # 4.346 ms, BF16 7.159; at (8192, 2048, 6144) it loses: 1.107 and 0.828
-    "fp8_block": (),  # at (8192, 2048, 6144) it loses: 1.250 and 0.788; nothing larger has been measured
+    # rows, and the smaller and the larger side of the weight: milliseconds in FP8, in BF16
+    "fp8": (
+        (16_384, 2048, 6144),  # 1.330, 1.618
+        (16_384, 4096, 4096),  # 1.661, 2.204
+        (8192, 4096, 6144),  # 1.288, 1.630
+    ),
+    "fp8_block": (
+        (16_384, 2048, 6144),  # 1.538, 1.618
+        (16_384, 4096, 4096),  # 1.967, 2.204
+        (8192, 4096, 6144),  # 1.464, 1.630
+    ),
 }
-"""The smallest linear layers that were faster in FP8 than in BF16 (TransformerEngine 2.20.2). In BF16 its products take
-as long as torch's (0.826 and 0.878 ms), its RMSNorm longer (0.379 and 0.130 ms for 8192 x 2048), and its grouped
-products several times as long (2.289 and 0.575 ms for 16 experts, 16384 x 2048 -> 1536)."""
+"""The smallest linear layers that were faster in FP8 than in BF16, launched one by one; (8192, 2048, 6144) and (8192,
+4096, 4096) lose so, and win within a CUDA graph. In BF16 TransformerEngine's products take as long as torch's (1.6 and
+1.6 ms at the first of these sizes), its grouped products twice to three times as long. Its RMSNorm takes 0.285 ms where
+torch's takes 0.125 (8192 x 2048), because of the host: within a CUDA graph 0.056 and 0.092, where layers are compiled
+and torch's norm is fused with what surrounds it."""
 
 
 def by_speed(*kernels: str) -> list[str]:
-    """Attention kernels, the fastest first."""
+    """Attention kernels, the fastest first; of equals the one that is named first."""
     return sorted(kernels, key=ATTENTION.__getitem__)
+
+
+def sonic_wins(activation: GatedActivation | Ungated) -> bool:
+    """Whether SonicMoE's products were faster than the fused experts, with all experts in one process.
+
+    They were for squared ReLU, at the widths of Nemotron-3-Nano: 4.08 and 4.85 ms for 4,096 tokens, 11.05 and 12.27 for
+    16,384. With SwiGLU, at the widths of Qwen3-30B-A3B, they take as long: 2.68 and 2.61, 7.51 and 7.53
+    (`benchmarks/experts.py`).
+    """
+    return is_relu_squared(activation)
 
 
 def fp8_rows(kernel: LinearKernel, values_in: int, values_out: int) -> int | None:
@@ -42,4 +65,6 @@ def fp8_rows(kernel: LinearKernel, values_in: int, values_out: int) -> int | Non
 
 def fp8_narrowest(kernel: LinearKernel) -> str:
     """The smallest weights that won, in words."""
-    return " or ".join(f"{narrow} x {wide}" for _, narrow, wide in FP8_WINS[kernel])
+    least = {(narrow, wide) for _, narrow, wide in FP8_WINS[kernel]}
+    minimal = [a for a in least if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in least)]
+    return " or ".join(f"{narrow} x {wide}" for narrow, wide in sorted(minimal))

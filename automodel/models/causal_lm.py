@@ -237,9 +237,9 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("linear attention", delta_nets, rule.kernel, rule.reason))
             rows.insert(2, BackendRow("short convolution", delta_nets, conv.kernel, conv.reason))
         if moe := self.spec.moe:
-            resolved = self._experts_kernel(moe, weight)
-            rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
             divided = [m for m in self.modules() if isinstance(m, Experts) and m.dispatcher is not None]
+            resolved = self._experts_kernel(moe, weight, divided=bool(divided))
+            rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
             if divided:
                 dispatch = divided[0].resolve_dispatch(resolved.kernel)
                 rows.insert(2, BackendRow("dispatch", len(divided), dispatch.kernel, dispatch.reason))
@@ -249,10 +249,10 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("mamba", scans, scan.kernel, scan.reason))
         return BackendReport(tuple(rows))
 
-    def _experts_kernel(self, moe: MoeSpec, weight: Placement) -> ResolvedExperts:
+    def _experts_kernel(self, moe: MoeSpec, weight: Placement, *, divided: bool) -> ResolvedExperts:
         activation = moe.activation or Gated(self.spec.activation)
         hidden = moe.latent_size or self.spec.hidden_size
-        return resolve_experts(self.backend, weight.device, weight.dtype, hidden, moe.width, activation, bias=moe.bias)
+        return resolve_experts(self.backend, *weight, hidden, moe.width, activation, bias=moe.bias, divided=divided)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

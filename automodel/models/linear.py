@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from automodel.backends import Backend, BackendRow, Resolved, refuse
-from automodel.kernels.measured import FP8_WINS, fp8_narrowest, fp8_rows
+from automodel.kernels.measured import fp8_narrowest, fp8_rows
 from automodel.kernels.te import LinearKernel, alignment_obstacle, te_linear_obstacle
 from automodel.kernels.te_linear import te_linear
 
@@ -57,8 +57,6 @@ def resolve_linear(
 
 
 def _resolve_fp8(kernel: LinearKernel, rows: int | None, values_in: int, values_out: int) -> Resolved:
-    if not FP8_WINS[kernel]:
-        refuse("linear", kernel, "at no size was it measured to be faster than BF16")
     enough = fp8_rows(kernel, values_in, values_out)
     if enough is None:
         return Resolved("torch", f"{kernel} pays for weights from {fp8_narrowest(kernel)} on")

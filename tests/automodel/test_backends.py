@@ -6,17 +6,20 @@ import logging
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from automodel.backends import (
     Backend,
     BackendReport,
     BackendRow,
+    ResolvedExperts,
     require_attention,
     resolve_dispatch,
     resolve_experts,
     resolve_mamba,
     resolve_norm,
 )
+from automodel.kernels.activations import Ungated
 from automodel.kernels.packages import is_at_least
 from automodel.logging import log_once
 from ckpt_tools.core.errors import UsageError
@@ -76,29 +79,30 @@ def test_dispatch_is_symmetric_where_peers_and_kernel_allow_and_otherwise_says_w
         resolve_dispatch(Backend(dispatch="symmetric"), "fused", "the ep axis is on 2 hosts")
 
 
-def test_sonic_experts_run_when_asked_for_and_the_report_says_that_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
+def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, squared = torch.device("cuda"), Ungated(ACT2FN["relu2"])
     monkeypatch.setattr("automodel.backends.fused_obstacle", lambda *_: None)
     monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: None)
     assert resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64).kernel == "sonic"
-    automatic = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64)
-    assert automatic.kernel == "fused"
-    assert "sonic can run" in automatic.reason
-    assert resolve_experts(Backend(experts="fused"), cuda, torch.bfloat16, 64, 64).reason == ""
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64) == ResolvedExperts("fused")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared) == ResolvedExperts("sonic")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared, divided=True) == ResolvedExperts("fused")
+    named = resolve_experts(Backend(experts="fused"), cuda, torch.bfloat16, 64, 64, squared)
+    assert named == ResolvedExperts("fused")
     monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: "it is Tuesday")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64).reason == ""
+    without = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared)
+    assert without == ResolvedExperts("fused", "it is Tuesday")
     with pytest.raises(UsageError, match="sonic cannot run here: it is Tuesday"):
         resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64)
 
 
-def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows() -> None:
     for kernel in ("fused", "sonic"):
         assert resolve_dispatch(Backend(dispatch="deepep"), kernel, None).kernel == "deepep"
     with pytest.raises(UsageError, match="these run grouped_mm"):
         resolve_dispatch(Backend(dispatch="deepep"), "grouped_mm", None)
     assert resolve_dispatch(Backend(), "fused", None).reason == ""
-    monkeypatch.setattr("automodel.backends.is_at_least", lambda *_: True)
-    assert "deepep can run" in resolve_dispatch(Backend(), "fused", None).reason
 
 
 def test_releases_of_packages_are_compared_by_number() -> None:

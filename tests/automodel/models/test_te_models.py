@@ -126,12 +126,6 @@ def test_linear_layers_run_what_was_asked_for_where_that_pays() -> None:
     assert resolved("fp8_block", 64, 256, 256) == ("torch", "fp8_block takes multiples of 128, not 64")
 
 
-def test_fp8_that_was_never_measured_to_win_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("automodel.models.linear.te_linear_obstacle", lambda *_: None)
-    with pytest.raises(UsageError, match="at no size was it measured to be faster"):
-        resolve_linear(Backend(linear="fp8_block"), CUDA, torch.bfloat16, 65_536, 8192, 8192)
-
-
 def test_transformer_engine_by_name_where_it_cannot_run_is_an_error_with_a_hint() -> None:
     calls = {
         "sdpa": lambda backend: resolve_sdpa(backend, CPU, torch.bfloat16, 64),
