@@ -17,6 +17,7 @@ import torch
 
 from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
+from automodel.kernels.choice import fused_choice_obstacle
 from automodel.kernels.cross_entropy import fused_loss_obstacle
 from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
@@ -33,6 +34,7 @@ _logger = get_logger(__name__)
 
 ExpertsChoice = Literal["auto", "torch", "grouped_mm", "fused", "sonic", "te"]
 NormChoice = Literal["auto", "torch", "fused", "te"]
+RouterChoice = Literal["auto", "torch", "fused"]
 MambaChoice = Literal["auto", "torch", "fused"]
 DispatchChoice = Literal["auto", "all_to_all", "symmetric", "deepep"]
 LinearAttentionChoice = Literal["auto", "torch", "fla"]
@@ -57,6 +59,7 @@ class Backend:
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
             host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
             `"deepep"` through DeepEP, which was measured to take longer.
+        router: `"torch"` is softmax and topk, `"fused"` both as one kernel, for routers without groups.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, `"te"`
             TransformerEngine's.
@@ -80,6 +83,7 @@ class Backend:
     loss: LossChoice = "auto"
     linear_attention: LinearAttentionChoice = "auto"
     linear: LinearChoice = "auto"
+    router: RouterChoice = "auto"
 
     @classmethod
     def parse(cls, value: str | Backend | Mapping[str, str] | None) -> Backend:
@@ -119,6 +123,7 @@ _CHOICES = {
     "layers": LayersChoice,
     "loss": LossChoice,
     "linear": LinearChoice,
+    "router": RouterChoice,
 }
 WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
 """Experts that apply the routing weights themselves."""
@@ -274,6 +279,17 @@ def _named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], 
     if asked == fast:
         refuse(layer, fast, found)
     return "torch", found
+
+
+def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:
+    """What chooses among `experts` by softmax.
+
+    Raises:
+        UsageError: `fused` was asked for by name and cannot run.
+    """
+    return Resolved(
+        *_named_or_fastest("router", backend.router, "fused", lambda: fused_choice_obstacle(device, experts))
+    )
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:

@@ -28,6 +28,7 @@ from automodel.backends import (
     resolve_loss,
     resolve_mamba,
     resolve_norm,
+    resolve_router,
     resolve_short_conv,
 )
 from automodel.kernels.packages import KERNEL_PACKAGES, recorded_misses
@@ -39,7 +40,7 @@ from ckpt_tools.core.errors import CkptError, UsageError
 from ckpt_tools.core.packages import install_command, look_for
 from ckpt_tools.engine.checkpoint import Checkpoint, has_weights, open_checkpoint
 
-_HIDDEN, _WIDTH, _HEAD_DIM = 2048, 768, 128
+_HIDDEN, _WIDTH, _HEAD_DIM, _EXPERTS = 2048, 768, 128, 128
 _CHANNELS, _TAPS = 6144, 4
 _DTYPE = torch.bfloat16
 _DEVICES = Path("/dev")
@@ -111,6 +112,7 @@ def _resolvers(backend: Backend, device: torch.device, dtype: torch.dtype) -> di
         "linear_attention": lambda: resolve_delta_rule(backend, device, dtype),
         "linear_attention (convolution)": lambda: resolve_short_conv(backend, device),
         "norm": lambda: resolve_norm(backend, device, dtype),
+        "router": lambda: resolve_router(backend, device, _EXPERTS),
         "layers": lambda: resolve_layers(backend, device, training=True),
         "loss": lambda: resolve_loss(backend, device),
     }

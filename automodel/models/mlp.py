@@ -55,7 +55,7 @@ class MoeMLP(nn.Module):
     def __init__(self, spec: DecoderSpec, moe: MoeSpec, backend: Backend) -> None:
         super().__init__()
         self.jitter = moe.jitter
-        self.gate = _router(spec.hidden_size, moe)
+        self.gate = _router(spec.hidden_size, moe, backend)
         activation = moe.activation or Gated(spec.activation)
         hidden, latent = spec.hidden_size, moe.latent_size
         self.experts = Experts(moe.num_experts, latent or hidden, moe.width, activation, backend, bias=moe.bias)
@@ -84,12 +84,13 @@ class MoeMLP(nn.Module):
         return output_BSD, logits_NE
 
 
-def _router(hidden_size: int, moe: MoeSpec) -> TopKRouter | GroupLimitedRouter:
+def _router(hidden_size: int, moe: MoeSpec, backend: Backend) -> TopKRouter | GroupLimitedRouter:
     if moe.groups is None:
         return TopKRouter(
             hidden_size,
             moe.num_experts,
             moe.top_k,
+            backend,
             normalize=moe.normalize,
             float32_weights=moe.float32_weights,
             bias=moe.router_bias,

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automodel.backends import Backend, resolve_router
+from automodel.kernels.choice import choose_experts
+
 
 class TopKRouter(nn.Module):
     """Softmax over all experts in FP32, then the K largest; or the K largest logits, and the softmax over those.
@@ -23,6 +26,7 @@ class TopKRouter(nn.Module):
         float32_weights: return the routing weights in FP32 instead of the dtype of the logits.
         bias: of the projection.
         softmax_over_chosen: choose before the softmax; the weights then sum to 1 without being normalised.
+        backend: which kernel chooses.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class TopKRouter(nn.Module):
         hidden_size: int,
         num_experts: int,
         top_k: int,
+        backend: Backend,
         *,
         normalize: bool,
         float32_weights: bool = False,
@@ -37,6 +42,7 @@ class TopKRouter(nn.Module):
         softmax_over_chosen: bool = False,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.top_k = top_k
         self.normalize = normalize
         self.float32_weights = float32_weights
@@ -47,6 +53,11 @@ class TopKRouter(nn.Module):
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits [N, E], routing weights [N, K] and expert indices [N, K] (int64), largest first."""
         logits_NE = F.linear(x_ND, self.weight, self.bias)
+        if resolve_router(self.backend, logits_NE.device, logits_NE.shape[1]).kernel == "fused":
+            dtype = torch.float32 if self.float32_weights else logits_NE.dtype
+            over_chosen = self.softmax_over_chosen or self.normalize
+            weight_NK, index_NK = choose_experts(logits_NE, self.top_k, dtype, over_chosen=over_chosen)
+            return logits_NE, weight_NK, index_NK
         if self.softmax_over_chosen:
             chosen_NK, index_NK = torch.topk(logits_NE, self.top_k, dim=-1)
             weight_NK = torch.softmax(chosen_NK, dim=-1, dtype=torch.float32)

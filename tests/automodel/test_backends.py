@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
         (
             "torch",
             Backend(
-                **dict.fromkeys(("experts", "norm", "mamba", "linear_attention", "linear", "sdpa", "loss"), "torch"),
+                **dict.fromkeys(("experts", "router", "norm", "mamba", "linear_attention", "linear"), "torch"),
+                **dict.fromkeys(("sdpa", "loss"), "torch"),
                 layers="eager",
                 dispatch="all_to_all",
             ),

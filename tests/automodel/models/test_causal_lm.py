@@ -126,7 +126,7 @@ def test_routing_weights_have_the_dtype_that_transformers_5_gives_the_family(nam
 def test_the_backend_report_covers_every_kind_of_layer() -> None:
     model = NeMoQwen3MoeForCausalLM(CONFIGS["qwen3_moe"]())
     report = model.backend_report()
-    layers = ["attention", "experts", "packed or windowed", "norm", "linear", "layers", "loss"]
+    layers = ["attention", "experts", "router", "packed or windowed", "norm", "linear", "layers", "loss"]
     assert [row.layer for row in report.rows] == layers
     assert {row.layer: row.count for row in report.rows}["experts"] == 2
     assert "grouped_mm" in str(report)
@@ -134,6 +134,7 @@ def test_the_backend_report_covers_every_kind_of_layer() -> None:
     assert [(row.layer, row.count, row.kernel) for row in gpt_oss.rows] == [
         ("attention", 3, "sdpa"),
         ("experts", 3, "grouped_mm"),
+        ("router", 3, "torch"),
         ("packed or windowed", 3, "mask"),
         ("norm", 7, "torch"),
         ("linear", 7, "torch"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from automodel.backends import Backend
 from automodel.moe.router import TopKRouter, load_balancing_loss
 
 
 def router(normalize: bool, float32_weights: bool = False) -> TopKRouter:
     torch.manual_seed(0)
-    made = TopKRouter(8, 5, 3, normalize=normalize, float32_weights=float32_weights)
+    made = TopKRouter(8, 5, 3, Backend(), normalize=normalize, float32_weights=float32_weights)
     torch.nn.init.normal_(made.weight)
     return made
 
@@ -30,7 +31,7 @@ def test_normalised_weights_sum_to_one() -> None:
 
 
 def test_a_softmax_over_the_chosen_logits_includes_the_bias() -> None:
-    made = TopKRouter(8, 5, 3, normalize=False, bias=True, softmax_over_chosen=True)
+    made = TopKRouter(8, 5, 3, Backend(), normalize=False, bias=True, softmax_over_chosen=True)
     torch.nn.init.normal_(made.weight)
     made.bias.data = torch.tensor([9.0, 0.0, 0.0, 8.0, 0.0])
     x = torch.randn(7, 8) * 0.1
