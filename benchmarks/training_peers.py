@@ -93,12 +93,13 @@ def nemo_model(
     with device:
         model = Qwen3MoeForCausalLM(config, backend=backend)
     model.initialize_weights(buffer_device=device, dtype=torch.bfloat16)
-    cross_entropy = MaskedCrossEntropy(fp32_upcast=False)
+    cross_entropy = MaskedCrossEntropy()
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         output = model(ids)
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
-        return cross_entropy(getattr(output, "logits", output), labels)
+        # It adds up; without a number of labels that is the loss of the batch, not of a token.
+        return cross_entropy(getattr(output, "logits", output), labels, num_label_tokens=ids[:, 1:].numel())
 
     return model, loss, lambda: _fill(model, fields)
 
