@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from automodel import MeshConfig
 from automodel.backends import Backend
+from automodel.checkpoint.state import make_optimizer_state
 from automodel.models import NATIVE_MODELS, NativeCausalLM
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import allocate
@@ -107,6 +108,7 @@ def _ours(
     graphs: bool,
 ) -> Trainee:
     optimizer = build_optimizer(model, OptimizerConfig(lr=lr))
+    make_optimizer_state(optimizer)
     captured: dict[tuple[torch.Size, bool], StepGraph | None] = {}
 
     def forget() -> None:

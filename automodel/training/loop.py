@@ -18,7 +18,13 @@ from torch import nn
 
 from automodel.checkpoint import Saver, TrainState, latest_checkpoint, load_checkpoint, save_checkpoint, step_directory
 from automodel.checkpoint.directory import checkpoints
-from automodel.checkpoint.state import TRAIN_STATE_JSON, model_state, optimizer_state, rng_state
+from automodel.checkpoint.state import (
+    TRAIN_STATE_JSON,
+    make_optimizer_state,
+    model_state,
+    optimizer_state,
+    rng_state,
+)
 from automodel.logging import get_logger
 from automodel.parallel.agree import is_first, raise_together
 from automodel.parallel.mesh import AXES, ParallelMesh, data_parallel
@@ -209,6 +215,8 @@ class _Loop:
 
     def _take_steps(self, progress: _Progress, saver: Saver, termination: Termination) -> None:
         config = self.setup.config
+        # Before activations are scattered over the memory that their freed parts would leave between the states.
+        make_optimizer_state(self.optimizer)
         metrics = MetricsFile(config.output_dir / "metrics.jsonl", progress.state.step) if is_first() else None
         self.model.train()
         while progress.state.step < config.steps:
