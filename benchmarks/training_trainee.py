@@ -51,6 +51,8 @@ class Trainee:
     def start_over(self, *, checkpointing: bool) -> None:
         """First weights and an optimizer that has seen nothing, in the same memory; checkpointing on or off."""
         self.end()
+        # Else another batch size would have layers compiled for all of them, which costs half a percent.
+        torch._dynamo.reset()
         self.fill()
         for state in self.optimizer.state.values():
             for tensor in state.values():

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performance_tables import plot_name, title, tokens, training_runs
+from performance_tables import compared, plot_name, title, tokens, training_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,7 +63,7 @@ def plots() -> Iterator[tuple[str, str]]:
     for document in training_runs():
         made, rows = document["configuration"], [row for row in document["rows"] if "error" not in row]
         case, gpus = made["case"], made["gpus"]
-        for size in sorted({row["micro_batch"] for row in rows}):
+        for size in compared(rows):
             bars = [
                 Bar(title(row, gpus), row["tokens_per_second_per_gpu"], row["implementation"].startswith("ours"))
                 for row in rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,14 @@ def training(document: Document) -> str:
             bare = row["kernels"].get("exposed_communication")
             alone = "" if bare is None else f"; communication that nothing else covers {bare:.1f}"
             lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}{alone}."]
-    sizes = sorted({row["micro_batch"] for row in rows if "error" not in row})
-    lines += ["", *(f"![Tokens a second at micro-batch {size}](plots/{plot_name(made, size)})" for size in sizes)]
-    return "\n".join(lines) + "\n"
+    plots = [f"![Tokens a second at micro-batch {size}](plots/{plot_name(made, size)})" for size in compared(timed)]
+    return "\n".join([*lines, *(["", *plots] if plots else [])]) + "\n"
+
+
+def compared(rows: list[Document]) -> list[int]:
+    """Micro-batch sizes that several rows were timed at."""
+    counts = Counter(row["micro_batch"] for row in rows)
+    return sorted(size for size, count in counts.items() if count > 1)
 
 
 def tokens(made: Document) -> str:
