@@ -335,14 +335,16 @@ class ResolvedDeltaRule(Resolved):
     kernel: DeltaRuleKernel = "torch"
 
 
-def resolve_delta_rule(backend: Backend, device: torch.device, dtype: torch.dtype) -> ResolvedDeltaRule:
+def resolve_delta_rule(
+    backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool
+) -> ResolvedDeltaRule:
     """The kernel of the gated delta rule for activations of `dtype`.
 
     Raises:
         UsageError: `fla` was asked for by name and cannot run.
     """
     kernel, reason = _named_or_fastest(
-        "linear attention", backend.linear_attention, "fla", lambda: fla_obstacle(device, dtype)
+        "linear attention", backend.linear_attention, "fla", lambda: fla_obstacle(device, dtype, training=training)
     )
     return ResolvedDeltaRule(kernel, reason)
 

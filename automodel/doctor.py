@@ -109,7 +109,7 @@ def _resolvers(backend: Backend, device: torch.device, dtype: torch.dtype) -> di
         "sdpa (packed or windowed)": lambda: resolve_spans(backend, device, dtype, _HEAD_DIM),
         "linear": lambda: resolve_linear(backend, device, dtype, None, _HIDDEN, _HIDDEN),
         "mamba": lambda: resolve_mamba(backend, device, dtype, _CHANNELS, _TAPS),
-        "linear_attention": lambda: resolve_delta_rule(backend, device, dtype),
+        "linear_attention": lambda: resolve_delta_rule(backend, device, dtype, training=True),
         "linear_attention (convolution)": lambda: resolve_short_conv(backend, device),
         "norm": lambda: resolve_norm(backend, device, dtype),
         "router": lambda: resolve_router(backend, device, _EXPERTS),

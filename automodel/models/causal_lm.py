@@ -233,7 +233,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         if hybrid := self.config.num_hidden_layers - compilable:
             rows.append(BackendRow("hybrid layers", hybrid, "eager", "layers of hybrids that scan are not compiled"))
         if delta_nets:
-            rule = resolve_delta_rule(self.backend, weight.device, weight.dtype)
+            rule = resolve_delta_rule(self.backend, weight.device, weight.dtype, training=self.training)
             conv = resolve_short_conv(self.backend, weight.device)
             rows.insert(1, BackendRow("linear attention", delta_nets, rule.kernel, rule.reason))
             rows.insert(2, BackendRow("short convolution", delta_nets, conv.kernel, conv.reason))

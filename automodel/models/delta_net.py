@@ -132,7 +132,7 @@ class GatedDeltaNet(nn.Module):
             value_BSHV,
             self.decay(a_BSH),
             beta_BSH,
-            resolve_delta_rule(self.backend, x_BSD.device, x_BSD.dtype).kernel,
+            resolve_delta_rule(self.backend, x_BSD.device, x_BSD.dtype, training=self.training).kernel,
             state_BHKV=state,
             document_BS=document_BS,
         )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from automodel.kernels import packages
 from automodel.kernels.delta_rule import chunked_delta_rule, fla_obstacle, gated_delta_rule, recurrent_delta_rule
 from automodel.kernels.short_conv import short_conv
 from tests.automodel.helpers import relative
@@ -162,5 +163,29 @@ def test_flash_linear_attention_is_called_as_it_documents(
     assert all(relative(a, b) < 1e-12 for a, b in zip(actual, expected, strict=True))
 
 
-def test_flash_linear_attention_says_why_it_does_not_run() -> None:
-    assert fla_obstacle(torch.device("cpu"), torch.bfloat16)
+def test_flash_linear_attention_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fla_obstacle(torch.device("cpu"), torch.bfloat16, training=False)
+    monkeypatch.setattr("automodel.kernels.delta_rule.is_installed", lambda _: True)
+    assert "float32" in fla_obstacle(torch.device("cuda"), torch.float32, training=False)
+
+
+@pytest.mark.parametrize(
+    ("hopper", "releases", "trains"),
+    [
+        (True, {"triton": (3, 3, 1)}, True),
+        (True, {"triton": (3, 6, 0)}, False),
+        (True, {"triton": (3, 7, 0)}, False),
+        (True, {"triton": (3, 7, 1)}, True),
+        (True, {"triton": (3, 6, 0), "tilelang": (0, 1, 9)}, True),
+        (False, {"triton": (3, 6, 0)}, True),
+    ],
+)
+def test_flash_linear_attention_does_not_train_where_it_refuses_to(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, releases: dict[str, tuple[int, ...]], trains: bool
+) -> None:
+    monkeypatch.setattr("automodel.kernels.delta_rule.is_installed", lambda _: True)
+    monkeypatch.setattr(packages, "_release", lambda name: releases.get(name, ()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0) if hopper else (10, 0))
+    cuda = torch.device("cuda")
+    assert fla_obstacle(cuda, torch.bfloat16, training=False) is None
+    assert (fla_obstacle(cuda, torch.bfloat16, training=True) is None) == trains
