@@ -28,22 +28,20 @@ _FLA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def fla_obstacle(device: torch.device, dtype: torch.dtype, *, training: bool) -> str | None:
-    """Why flash-linear-attention cannot run the rule on these inputs, or to train with its gradients; None if it can."""
+    """Why flash-linear-attention cannot run the rule on these inputs, with gradients to train; None where it can."""
     if device.type != "cuda":
         return "flash-linear-attention needs CUDA"
     if not is_installed("fla"):
         return "flash-linear-attention is not installed"
     if dtype not in _FLA_DTYPES:
         return f"flash-linear-attention does not take {str(dtype).removeprefix('torch.')}"
-    if training and _gradients_are_refused(device):
-        return (
-            "flash-linear-attention has no gradients on Hopper with triton 3.4 to 3.7.0, unless tilelang is installed"
-        )
+    if training and _gradients_are_refused(device.index or 0):
+        return "flash-linear-attention has no gradients on Hopper with triton 3.4 to 3.7.0 and without tilelang"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _gradients_are_refused(device: torch.device) -> bool:
+def _gradients_are_refused(device: int) -> bool:
     """Whether its backward pass raises an error: these releases of Triton miscompile it there (its issue 640)."""
     miscompiled = is_at_least("triton", 3, 4) and not is_at_least("triton", 3, 7, 1)
     return miscompiled and torch.cuda.get_device_capability(device)[0] == 9 and not is_at_least("tilelang", 0)
