@@ -17,7 +17,7 @@ from automodel.compat import TRANSFORMERS_5
 from automodel.kernels import cross_entropy
 from automodel.memory import Step, activations, estimate, states
 from automodel.memory.activations import Activations
-from automodel.memory.sizes import Sizes
+from automodel.memory.sizes import FAMILIES, Sizes
 from automodel.parallel import fsdp
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.engine.sharding import ShardingMesh
@@ -56,7 +56,13 @@ def measured() -> Iterator[Any]:
         for row in document["rows"]:
             kind = IMPLEMENTATIONS.get(row["implementation"])
             # transformers' attention of GPT-OSS keeps all scores unless it is compiled.
-            if "error" in row or kind is None or (made["config"]["model_type"], kind) == ("gpt_oss", "transformers"):
+            family = made["config"]["model_type"]
+            if (
+                "error" in row
+                or kind is None
+                or family not in FAMILIES
+                or (family, kind) == ("gpt_oss", "transformers")
+            ):
                 continue
             step = Step(row["micro_batch"], made["sequence"], bool(row.get("checkpointing")), kind)
             mesh = ShardingMesh(made["gpus"] // row.get("ep", made["gpus"]), row.get("ep", made["gpus"]))
