@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="qwen3-30b-8l")
     parser.add_argument("--implementations", default="transformers,transformers-compiled,ours")
-    parser.add_argument("--micro-batches", default="1,4", help="4c: with activation checkpointing")
+    parser.add_argument("--micro-batches", default="1,4", help="4c, 4s: activation checkpointing, selective")
     parser.add_argument("--tokens", choices=("skewed", "even"), default="skewed", help="how often each of them comes")
     parser.add_argument("--sequence", type=int, default=SEQUENCE)
     parser.add_argument("--dtype", default="bfloat16", help="of parameters, gradients and optimizer states")
@@ -169,7 +169,7 @@ def _rows_of(arguments: argparse.Namespace, trainee: Trainee) -> Iterator[dict[s
 
     first = not dist.is_initialized() or dist.get_rank() == 0
     for text in arguments.micro_batches.split(","):
-        size, checkpointing = int(text.removesuffix("c")), text.endswith("c")
+        size, checkpointing = training_memory.parsed(text)
         memory = training_memory.predicted(arguments, arguments.child, int(arguments.ep), text)
         described = {
             "implementation": arguments.child,
@@ -286,7 +286,7 @@ def _print_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
     header = f"{'implementation':28}{'ep':>3}{'mb':>4}{'ms':>9}{'tokens/s/GPU':>14}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}"
     print(header + f"{'predicted':>11}{'on GPU':>8}{'exposed ms':>12}{'idle ms':>9}  losses")
     for row in rows:
-        size = f"{row.get('micro_batch', '')}{'c' if row.get('checkpointing') else ''}"
+        size = f"{row.get('micro_batch', '')}{training_memory.suffix(row.get('checkpointing'))}"
         begin = f"{row['implementation']:28}{row.get('ep', ''):>3}{size:>4}"
         if "error" in row:
             print(f"{begin} {row['error'][-400:]}")

@@ -7,7 +7,7 @@ import argparse
 from training_cases import CASES, OURS
 
 from automodel.memory import Memory, Step, estimate
-from automodel.memory.sizes import Implementation
+from automodel.memory.sizes import Checkpointing, Implementation
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.engine.sharding import ShardingMesh
 
@@ -26,12 +26,13 @@ def predicted(arguments: argparse.Namespace, implementation: str, ep: int, batch
     """Of one row; None where there is no formula for it.
 
     Args:
-        batch: sequences of a micro-batch, with a `c` for activation checkpointing.
+        batch: sequences of a micro-batch, as `parsed` takes it.
     """
     kind = "native" if implementation in OURS else _PEERS.get(implementation)
     if kind is None:
         return None
-    step = Step(int(batch.removesuffix("c")), arguments.sequence, batch.endswith("c"), kind)
+    size, checkpointing = parsed(batch)
+    step = Step(size, arguments.sequence, checkpointing, kind)
     try:
         mesh = ShardingMesh(arguments.gpus // ep, ep)
         if kind == "native":
@@ -39,6 +40,16 @@ def predicted(arguments: argparse.Namespace, implementation: str, ep: int, batch
         return estimate(CASES[arguments.case], mesh, step, keeps=PEERS_KEEP)
     except UsageError:
         return None
+
+
+def parsed(batch: str) -> tuple[int, Checkpointing]:
+    """Sequences of a micro-batch, and its activation checkpointing, of `4`, `4c` (whole layers) or `4s` (selective)."""
+    return int(batch.rstrip("cs")), "selective" if batch.endswith("s") else batch.endswith("c")
+
+
+def suffix(checkpointing: Checkpointing) -> str:
+    """What `parsed` knows it by."""
+    return "s" if checkpointing == "selective" else "c" if checkpointing else ""
 
 
 def print_predictions(arguments: argparse.Namespace, runs: list[tuple[str, int]]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from automodel import MeshConfig
 from automodel.backends import Backend
 from automodel.checkpoint.state import make_optimizer_state
+from automodel.memory.sizes import Checkpointing
 from automodel.models import NATIVE_MODELS, NativeCausalLM
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import allocate
@@ -24,6 +25,7 @@ from automodel.training.data import Batch
 from automodel.training.optimizer import OptimizerConfig, build_optimizer
 from automodel.training.step import step_graph, train_step
 from automodel.training.step_graph import StepGraph
+from ckpt_tools.core.errors import UsageError
 
 MAX_GRAD_NORM = 1.0
 
@@ -48,8 +50,8 @@ class Trainee:
     mesh: ParallelMesh | None = None
     end: Callable[[], None] = lambda: None
 
-    def start_over(self, *, checkpointing: bool) -> None:
-        """First weights and an optimizer that has seen nothing, in the same memory; checkpointing on or off."""
+    def start_over(self, *, checkpointing: Checkpointing) -> None:
+        """First weights and an optimizer that has seen nothing, in the same memory; with that checkpointing."""
         self.end()
         # Else another batch size would have layers compiled for all of them, which costs half a percent.
         torch._dynamo.reset()
@@ -58,7 +60,11 @@ class Trainee:
             for tensor in state.values():
                 tensor.zero_()
         self.model.train()
-        if checkpointing:
+        if isinstance(self.model, NativeCausalLM):
+            self.model.selective_checkpointing_enable(checkpointing == "selective")
+        elif checkpointing == "selective":
+            raise UsageError("selective checkpointing is of our models")
+        if checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         elif getattr(self.model, "is_gradient_checkpointing", False):
             # NeMo's classes, which have no such switch, never come here.
@@ -111,7 +117,7 @@ def _ours(
 ) -> Trainee:
     optimizer = build_optimizer(model, OptimizerConfig(lr=lr))
     make_optimizer_state(optimizer)
-    captured: dict[tuple[torch.Size, bool], StepGraph | None] = {}
+    captured: dict[tuple[torch.Size, bool, bool], StepGraph | None] = {}
 
     def forget() -> None:
         for graph in captured.values():
@@ -120,7 +126,7 @@ def _ours(
         captured.clear()
 
     def step(ids: torch.Tensor) -> Measured:
-        key = (ids.shape, model.is_gradient_checkpointing)
+        key = (ids.shape, model.is_gradient_checkpointing, model.is_selective_checkpointing)
         if key not in captured:
             forget()
             captured[key] = step_graph(model, 1) if graphs else None

@@ -166,7 +166,8 @@ def plot_name(made: Document, size: int) -> str:
 def title(row: Document, gpus: int) -> str:
     """Who ran, and how: experts are divided over all processes unless it is said."""
     divided = f", ep {row['ep']}" if row["implementation"].startswith("ours") and row.get("ep", gpus) != gpus else ""
-    checkpointing = ", activation checkpointing" if row.get("checkpointing") else ""
+    selective = "selective " if row.get("checkpointing") == "selective" else ""
+    checkpointing = f", {selective}activation checkpointing" if row.get("checkpointing") else ""
     return TITLES[row["implementation"]] + divided + checkpointing
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from automodel.memory.sizes import Implementation, Sizes
+from automodel.memory.sizes import Checkpointing, Implementation, Sizes
 from ckpt_tools.engine.sharding import ShardingMesh
 
 LOSS_CHUNK_BYTES = 1280 << 20
@@ -27,22 +27,29 @@ class Activations:
         sizes: of its layers and tokens.
         mesh: over which experts are divided.
         implementation: whose layers.
-        checkpointing: layers keep their input alone.
+        checkpointing: layers keep their input alone, or less of attention.
     """
 
     sizes: Sizes
     mesh: ShardingMesh
     implementation: Implementation
-    checkpointing: bool
+    checkpointing: Checkpointing
 
     def kept(self, layer: int) -> int:
         """From forward to backward, by a layer."""
-        return self.input if self.checkpointing else self._saved(layer)
+        return self._saved(layer) - self._again(layer)
 
     def working(self, layer: int) -> int:
         """In the backward pass of a layer, beside what it kept."""
-        again = self._saved(layer) - self.input if self.checkpointing else 0
-        return again + max(self._attention_backward, self._mlp_backward(layer))
+        return self._again(layer) + max(self._attention_backward, self._mlp_backward(layer))
+
+    def _again(self, layer: int) -> int:
+        """What is not kept, but made again in the backward pass."""
+        if self.checkpointing == "selective":
+            z = self.sizes
+            # The norm; the projection; rotated queries and keys, values. The attention's output and sums are kept.
+            return z.n * z.s * (z.d + 2 * (z.query + 2 * z.key_value))
+        return self._saved(layer) - self.input if self.checkpointing else 0
 
     @property
     def input(self) -> int:

@@ -62,13 +62,16 @@ def estimate(
         keeps: bytes of gathered parameters up to which layers keep them from forward to backward.
 
     Raises:
-        UsageError: the family's layers are not those of the formulas, or there is no such optimizer.
+        UsageError: the family's layers are not those of the formulas, there is no such optimizer, or the
+            implementation has no such checkpointing.
     """
     if optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise UsageError(
             f"there is no optimizer {optimizer!r}", hint=f"did you mean {nearest(optimizer, OPTIMIZERS) or known}?"
         )
+    if step.checkpointing == "selective" and step.implementation != "native":
+        raise UsageError("selective checkpointing is of native layers", hint="give --checkpointing, or neither")
     sizes = Sizes.of(config, step, itemsize)
     if step.implementation != "native":
         mesh = ShardingMesh(dp_shard=mesh.ranks)

@@ -14,6 +14,7 @@ from ckpt_tools.core.errors import UsageError
 from ckpt_tools.families import family_of
 
 Implementation = Literal["native", "transformers", "transformers-compiled"]
+Checkpointing = bool | Literal["selective"]
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "mixtral", "qwen3", "qwen2", "llama")
 """Families of the formulas: attention with grouped heads, and a gated MLP or experts."""
@@ -26,14 +27,15 @@ class Step:
     Attributes:
         batch: sequences of a micro-batch.
         sequence: tokens of each.
-        checkpointing: layers keep their input alone and run again in the backward pass.
+        checkpointing: layers keep their input alone and run again in the backward pass; `selective`: what lies between
+            the input of a native layer and its attention runs again.
         implementation: `native`, with its fastest kernels; transformers' own class with grouped products and SDPA; or
             that with compiled layers.
     """
 
     batch: int
     sequence: int
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     implementation: Implementation = "native"
 
 

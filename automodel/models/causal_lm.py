@@ -98,6 +98,20 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         for layer in range(first, first + count):
             self.model.layers.append(PredictLayer(self.spec, layer, self.config.vocab_size, self.backend))
 
+    def selective_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep less of attention layers in training: their input, and the output of the attention itself.
+
+        Norm, projections and rotary embeddings run again in the backward pass. That costs less time than
+        `gradient_checkpointing_enable`, by which whole layers run again, and frees less memory.
+        """
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
+            layer.recomputes_attention = enable and layer.kind in _ATTENDING
+
+    @property
+    def is_selective_checkpointing(self) -> bool:
+        """Whether `selective_checkpointing_enable` is in force."""
+        return any(layer.recomputes_attention for layer in self.model.layers[: self.config.num_hidden_layers])
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from automodel.backends import Backend, require_attention, resolve_layers
 from automodel.compat import PreTrainedConfig, make_cache, padding_mask_for
 from automodel.models.attention import Attention
+from automodel.models.checkpointing import keeping_attention
 from automodel.models.delta_net import Documents, GatedDeltaNet
 from automodel.models.latent_attention import LatentAttention
 from automodel.models.masking import AttentionMask, attention_masks, is_packed
@@ -40,12 +41,17 @@ class DecoderOutput:
 
 class DecoderLayer(GradientCheckpointingLayer):
     """A token mixer (attention, or what its kind of layer has instead) and a feed-forward part, each behind a norm and
-    around a residual."""
+    around a residual.
+
+    Attributes:
+        recomputes_attention: in training, as `models.checkpointing` says.
+    """
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.kind = spec.attention_kinds[layer]
         self.backend = backend
+        self.recomputes_attention = False
         if self.kind == "linear_attention":
             self.linear_attn = GatedDeltaNet(spec, spec.delta_net, layer, backend)
         else:
@@ -88,13 +94,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None,
         cache_position: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
-        attended, probabilities = mixer(
-            self.input_layernorm(x_BSD), cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position
-        )
+        inputs = (x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
+        again = self.recomputes_attention and self.training and past_key_values is None
+        attended, probabilities = keeping_attention(self._mix, *inputs) if again else self._mix(*inputs)
         x_BSD = x_BSD + attended
         output, router_logits = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + output, probabilities, router_logits
+
+    def _mix(self, x_BSD: torch.Tensor, *inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
+        return mixer(self.input_layernorm(x_BSD), *inputs)
 
 
 @cache

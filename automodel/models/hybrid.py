@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from automodel.backends import Backend
 from automodel.models.attention import Attention
+from automodel.models.checkpointing import keeping_attention
 from automodel.models.decoder import Decoder, hidden_norm
 from automodel.models.delta_net import document_numbers
 from automodel.models.mamba import Mamba2, RecurrentMask
@@ -21,11 +22,16 @@ Mask = AttentionMask | RecurrentMask
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """One mixer behind a norm and around a residual."""
+    """One mixer behind a norm and around a residual.
+
+    Attributes:
+        recomputes_attention: in training, as `models.checkpointing` says.
+    """
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
         super().__init__()
         self.kind = spec.attention_kinds[layer]
+        self.recomputes_attention = False
         self.norm = hidden_norm(spec, backend)
         self.mixer = mixer(self.kind, spec, layer, backend)
 
@@ -40,15 +46,19 @@ class HybridLayer(GradientCheckpointingLayer):
         cache_position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Hidden states [B, S, D], attention probabilities (eager attention only), router logits (experts only)."""
-        normed = self.norm(x_BSD)
         probabilities = router_logits = None
         if self.kind == "linear_attention":
-            output = self.mixer(normed, mask, past_key_values)
+            output = self.mixer(self.norm(x_BSD), mask, past_key_values)
         elif self.kind == "full_attention":
-            output, probabilities = self.mixer(normed, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
+            inputs = (x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
+            again = self.recomputes_attention and self.training and past_key_values is None
+            output, probabilities = keeping_attention(self._attend, *inputs) if again else self._attend(*inputs)
         else:
-            output, router_logits = self.mixer(normed)
+            output, router_logits = self.mixer(self.norm(x_BSD))
         return x_BSD + output, probabilities, router_logits
+
+    def _attend(self, x_BSD: torch.Tensor, *inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.mixer(self.norm(x_BSD), *inputs)
 
 
 class HybridPredictLayer(nn.Module):

@@ -38,7 +38,8 @@ class ModelConfig:
         attn_implementation: `sdpa` or `eager`; null lets the model choose.
         backend: kernels, as `NeMoAutoModelForCausalLM` takes it.
         random_init: take only the config from the source, and random parameters.
-        activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them: `true` those
+            of whole layers, `selective` those between a layer's input and its attention, in native models.
     """
 
     source: str
@@ -49,7 +50,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     backend: str | dict[str, str] = "auto"
     random_init: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import xxhash
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from automodel.auto import NeMoAutoModelForCausalLM, count_predict_layers
+from automodel.models import NativeCausalLM
 from automodel.models.saving import attach_files
 from automodel.parallel.local import tensors_by_name
 from automodel.parallel.mesh import MixedPrecision, ParallelMesh
 from automodel.sources import locate
 from automodel.tokenizer import NeMoAutoTokenizer
 from automodel.training.config import ModelConfig
-from ckpt_tools.core.errors import FormatError
+from ckpt_tools.core.errors import FormatError, UsageError
 from ckpt_tools.engine.checkpoint import open_checkpoint, read_config
 from ckpt_tools.engine.manifest import read_manifest
 from ckpt_tools.families import family_of
@@ -121,7 +122,14 @@ def build_model(
             arguments["predict_layers"] = count_predict_layers(open_checkpoint(source.root))
         model = NeMoAutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(source.side_root)), **arguments)
         attach_files(model, source.side_root)
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "selective":
+        if not isinstance(model, NativeCausalLM):
+            raise UsageError(
+                f"{type(model).__name__} has no selective activation checkpointing, which is of native models",
+                hint="set model.activation_checkpointing to true or false",
+            )
+        model.selective_checkpointing_enable()
+    elif config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

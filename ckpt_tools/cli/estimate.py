@@ -14,7 +14,7 @@ import typer
 from ckpt_tools.cli import options
 from ckpt_tools.cli.output import Output
 from ckpt_tools.cli.text import aligned
-from ckpt_tools.core.errors import NotFoundError
+from ckpt_tools.core.errors import NotFoundError, UsageError
 
 EXAMPLES = (
     "ckpt estimate ./Qwen3-30B-A3B --mesh ep=4 --batch 4",
@@ -64,6 +64,13 @@ def estimate(
         bool,
         typer.Option("--checkpointing", help="Layers run again in the backward pass. Example: --checkpointing"),
     ] = False,
+    selective_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--selective-checkpointing",
+            help="What lies between a layer's input and its attention runs again. Example: --selective-checkpointing",
+        ),
+    ] = False,
     implementation: Annotated[
         Implementation,
         typer.Option("--implementation", help="Whose layers run. Example: --implementation transformers-compiled"),
@@ -81,7 +88,10 @@ def estimate(
     # By name, because the tools are checked without the training half; this part of it needs no torch.
     memory = import_module("automodel.memory")
     axes = ShardingMesh() if mesh is None else parse_mesh(mesh)
-    step = memory.Step(batch, sequence, checkpointing, implementation.value)
+    if checkpointing and selective_checkpointing:
+        raise UsageError("--checkpointing and --selective-checkpointing exclude each other", hint="give one of them")
+    again = "selective" if selective_checkpointing else checkpointing
+    step = memory.Step(batch, sequence, again, implementation.value)
     found = memory.estimate(_config(Path(model)), axes, step, optimizer=optimizer.value)
     report = {"model": model, "mesh": str(axes), **asdict(step), "optimizer_states": optimizer.value, **asdict(found)}
     Output(json, quiet).show(report, _lines(report, axes.ranks))

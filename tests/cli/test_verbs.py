@@ -149,6 +149,12 @@ def test_an_estimate_needs_a_config_alone(ckpt: Run, repository: Path, native: P
     assert alone["parameters"] == pytest.approx(2 * divided["parameters"], rel=0.05)
     again = ckpt("estimate", native, "--checkpointing", "--json").json
     assert (again["parameters"], again["activations"] < alone["activations"]) == (alone["parameters"], True)
+    some = ckpt("estimate", native, "--selective-checkpointing", "--json").json
+    assert again["activations"] < some["activations"] < alone["activations"]
+    ran = ckpt("estimate", native, "--checkpointing", "--selective-checkpointing")
+    assert (ran.code, "exclude each other" in ran.stderr) == (2, True)
+    ran = ckpt("estimate", native, "--selective-checkpointing", "--implementation", "transformers")
+    assert (ran.code, "of native layers" in ran.stderr) == (2, True)
     assert "GiB  of each of 2 GPUs, at: " in ckpt("estimate", native, "--mesh", "ep=2").stdout
     ran = ckpt("estimate", repository.parent)
     assert (ran.code, "has no config.json" in ran.stderr) == (11, True)

@@ -309,8 +309,20 @@ def test_a_model_without_a_native_form_trains_on_a_mesh(tmp_path):
         assert model(ids, labels=ids).loss < found[0] - 0.3
 
 
-def test_activation_checkpointing_changes_no_loss(repository, reference, tmp_path):
-    model = {"source": str(repository), "activation_checkpointing": True}
+def test_selective_checkpointing_is_refused_where_transformers_runs(tmp_path):
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = {"source": str(tmp_path / "model"), "activation_checkpointing": "selective"}
+    written = write_config(tmp_path, tmp_path / "model", model=model)
+    with pytest.raises(UsageError, match="GPT2LMHeadModel has no selective activation checkpointing"):
+        run(written)
+
+
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_activation_checkpointing_changes_no_loss(repository, reference, tmp_path, checkpointing):
+    model = {"source": str(repository), "activation_checkpointing": checkpointing}
     run_ranks(2, run, write_config(tmp_path, repository, model=model, steps=3, mesh={"ep": 2}))
     # The schedule reaches its end earlier, so only steps with the same learning rate compare.
     assert losses(tmp_path)[:3] == pytest.approx(reference[:3], rel=1e-3)
