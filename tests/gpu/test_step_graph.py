@@ -21,6 +21,8 @@ CASES = {
     "three micro-batches": {"micro_batches": 3},
     "gradients reduced once": {"micro_batches": 3, "sync_last": True},
     "in FP32, computed in BF16": {"micro_batches": 2, "master": True},
+    "selective checkpointing": {"micro_batches": 1, "selective": True},
+    "selective checkpointing, compiled": {"micro_batches": 1, "selective": True, "layers": "compiled"},
 }
 
 
@@ -28,12 +30,19 @@ def learn(
     _rank: int, _world: int, mesh_sizes: dict[str, int], case: dict[str, Any]
 ) -> tuple[list[float], list[float], int]:
     """Losses without graphs, with them, and how many graphs there were."""
-    plain, _ = losses(mesh_sizes, **case, graphed=False)
+    plain, _ = losses(mesh_sizes, **case | {"selective": False}, graphed=False)
     return plain, *losses(mesh_sizes, **case, graphed=True)
 
 
 def losses(
-    mesh_sizes: dict[str, int], *, micro_batches: int, graphed: bool, sync_last: bool = False, master: bool = False
+    mesh_sizes: dict[str, int],
+    *,
+    micro_batches: int,
+    graphed: bool,
+    sync_last: bool = False,
+    master: bool = False,
+    selective: bool = False,
+    layers: str = "eager",
 ) -> tuple[list[float], int]:
     import transformers
 
@@ -49,12 +58,13 @@ def losses(
 
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(**SIZES)
-    model = NATIVE_MODELS[config.model_type](config, backend=Backend.parse({"layers": "eager"})).cuda()
+    model = NATIVE_MODELS[config.model_type](config, backend=Backend.parse({"layers": layers})).cuda()
     model = model.float() if master else model.bfloat16()
     precision = MixedPrecision(torch.bfloat16, torch.float32) if master else None
     mesh = ParallelMesh.of(MeshConfig(**mesh_sizes).build("cuda"), precision)
     parallelize(model, mesh)
     model.train()
+    model.selective_checkpointing_enable(selective)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3))
     graph = step_graph(model, micro_batches, sync_last=sync_last) if graphed else None
     measured = []

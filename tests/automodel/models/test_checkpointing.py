@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from automodel import MeshConfig
 from automodel.kernels import attention_calls
 from automodel.kernels.flash import Spans, causal_attention
 from automodel.models import NATIVE_MODELS, NativeCausalLM, decoder
 from automodel.models.checkpointing import keeping_attention
 from automodel.models.decoder import DecoderLayer
+from automodel.parallel.fsdp import parallelize
+from automodel.parallel.mesh import ParallelMesh
 from tests.automodel.helpers import CONFIGS, installed, relative, tokens
+from tests.automodel.ranks import run_ranks
 
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 PRODUCTS = ("aten.mm.default", "aten.addmm.default")
@@ -110,6 +114,23 @@ def test_attention_without_masks_is_kept_too(monkeypatch: pytest.MonkeyPatch) ->
     (actual,) = torch.autograd.grad(keeping_attention(attend, x)[0].sum(), x)
     assert calls == ["projection", "attention", "projection"]
     assert torch.equal(actual, expected)
+
+
+def _sharded(selective: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = NATIVE_MODELS["qwen3_moe"](CONFIGS["qwen3_moe"]()).train()
+    # Layers are freed after the forward pass, and gathered again before they are computed again.
+    parallelize(model, ParallelMesh.of(MeshConfig(dp_shard=2).build()), reshard_after_forward=True)
+    model.selective_checkpointing_enable(selective)
+    ids = tokens(2, 12)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.full_tensor() for p in model.parameters())]
+
+
+def test_sharded_layers_are_gathered_before_they_are_computed_again() -> None:
+    plain, selective = (run_ranks(2, _sharded, how)[0] for how in (False, True))
+    assert max(map(relative, selective, plain)) < 1e-6
 
 
 def test_nothing_is_selected_without_training() -> None:
