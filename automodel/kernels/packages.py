@@ -14,7 +14,7 @@ import torch
 from ckpt_tools.core.packages import Package, is_found
 
 KERNEL_PACKAGES = (
-    Package("triton", "triton", "fused experts, loss and AdamW, compiled layers", "triton"),
+    Package("triton", "triton", "fused experts, routers, loss and AdamW, compiled layers", "triton"),
     Package("flash-attn-4", "flash_attn.cute", "attention", "'flash-attn-4>=4.0.0b1'"),
     Package(
         "transformer-engine",
