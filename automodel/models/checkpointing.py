@@ -29,7 +29,7 @@ _KEPT = [
 def keeping_attention(attend: Callable[..., _Attended], *inputs: object) -> _Attended:
     """attend(*inputs), of which autograd keeps the tensors among the inputs and the results of attention kernels.
 
-    Nothing random runs again, so that no state of random numbers is kept.
+    No state of random numbers is kept: nothing random may be in it, as `selective_checkpointing_enable` sees to.
     """
     return checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 

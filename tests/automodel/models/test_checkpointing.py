@@ -17,6 +17,7 @@ from automodel.models.checkpointing import keeping_attention
 from automodel.models.decoder import DecoderLayer
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.mesh import ParallelMesh
+from ckpt_tools.core.errors import UsageError
 from tests.automodel.helpers import CONFIGS, installed, relative, tokens
 from tests.automodel.ranks import run_ranks
 
@@ -89,6 +90,16 @@ def test_compiled_layers_make_the_same_selection(name: str, monkeypatch: pytest.
     assert kept_less < kept
     assert again[ATTENTION] == 0
     assert not breaks
+
+
+def test_dropout_of_attention_is_refused() -> None:
+    config = CONFIGS["qwen3_moe"]()
+    config.attention_dropout = 0.5
+    model = NATIVE_MODELS["qwen3_moe"](config)
+    with pytest.raises(UsageError, match="attention drops out"):
+        model.selective_checkpointing_enable()
+    assert not model.is_selective_checkpointing
+    model.selective_checkpointing_enable(False)
 
 
 def test_attention_without_masks_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
