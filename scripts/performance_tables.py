@@ -197,8 +197,7 @@ def experts(document: Document) -> str:
     lines = [
         f"**One expert block of {document['model']}**, {document['gpu']}: hidden {shape['hidden']}, "
         f"{shape['experts']} experts of width {shape['width']}, top {shape['top_k']}, uneven load; the share is of a "
-        "matrix product's "
-        f"{document['matmul_tflops']:.0f} TFLOP/s in the same process.",
+        f"matrix product's {document['matmul_tflops']:.0f} TFLOP/s in the same process.",
         "",
         "| | tokens | forward ms | forward and backward ms | share | saved for backward GB |",
         "|---|---|---|---|---|---|",
@@ -273,9 +272,7 @@ def gpu() -> str:
     parts = [training(run) for run in training_runs()]
     parts += [full_model(_read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
     parts += [experts(_read(path.name)) for path in sorted(RESULTS.glob("experts*.json"))]
-    parts += [dispatch(_read("dispatch.json"))]
-    parts += [transformer_engine(_read(path.name)) for path in sorted(RESULTS.glob("te.json"))]
-    return "\n".join(parts)
+    return "\n".join([*parts, dispatch(_read("dispatch.json")), transformer_engine(_read("te.json"))])
 
 
 def training_runs() -> Iterator[Document]:

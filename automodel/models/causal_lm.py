@@ -102,8 +102,8 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         """Keep less of attention layers in training: their input, and the output of the attention itself.
 
         Norm, projections and rotary embeddings run again in the backward pass. That costs less time than
-        `gradient_checkpointing_enable`, by which whole layers run again, and frees less memory. Attention that no kernel
-        computes (`eager`) runs again, too.
+        `gradient_checkpointing_enable`, by which whole layers run again, and frees less memory. Attention that no
+        kernel computes (`eager`) runs again, too.
 
         Raises:
             UsageError: attention drops out, and would drop others when it runs again.
@@ -113,13 +113,13 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
                 f"attention drops out ({self.spec.attention_dropout}), which selective checkpointing cannot repeat",
                 hint="set attention_dropout to 0 in the model's config, or checkpoint whole layers",
             )
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
+        for layer in self.model.own_layers:
             layer.recomputes_attention = enable and layer.kind in _ATTENDING
 
     @property
     def is_selective_checkpointing(self) -> bool:
         """Whether `selective_checkpointing_enable` is in force."""
-        return any(layer.recomputes_attention for layer in self.model.layers[: self.config.num_hidden_layers])
+        return any(layer.recomputes_attention for layer in self.model.own_layers)
 
     def forward(
         self,

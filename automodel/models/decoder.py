@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         cos_BSd, sin_BSd = (None, None) if self.rotary_emb is None else self.rotary_emb(x_BSD, position_ids)
 
         hidden_states, attentions, router_logits = [x_BSD], [], []
-        for layer in self._own_layers():
+        for layer in self.own_layers:
             x_BSD, probabilities, logits_NE = layer(
                 x_BSD,
                 cos_BSd,
@@ -213,7 +213,8 @@ class Decoder(nn.Module):
             router_logits=tuple(router_logits),
         )
 
-    def _own_layers(self) -> nn.ModuleList:
+    @property
+    def own_layers(self) -> nn.ModuleList:
         """The layers that run; a checkpoint's layers for multi-token prediction may be held after them."""
         return self.layers[: self.config.num_hidden_layers]
 

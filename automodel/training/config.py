@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from automodel.checkpoint import AsyncSave
+from automodel.memory.sizes import Checkpointing
 from automodel.parallel.mesh import MeshConfig
 from automodel.training.optimizer import OptimizerConfig
 from automodel.training.schedule import ScheduleConfig
@@ -50,7 +51,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     backend: str | dict[str, str] = "auto"
     random_init: bool = False
-    activation_checkpointing: bool | Literal["selective"] = False
+    activation_checkpointing: Checkpointing = False
 
 
 @dataclass(frozen=True)
