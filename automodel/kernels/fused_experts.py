@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 from automodel.kernels import triton_rows
 from automodel.kernels.experts import expert_of_row, grouped, grouped_weight_gradient
 from automodel.kernels.permute import ExpertOrder
+from automodel.kernels.sonic import gathered_weight_gradient, products_obstacle
 from automodel.kernels.triton_rows import ActivationForm
 
 
@@ -26,6 +27,8 @@ class _Plan:
 
     order: ExpertOrder | None
     form: ActivationForm
+    gathers: bool
+    """Whether products that gather tokens themselves compute the gradients of the weights."""
 
 
 def fused_experts(
@@ -52,8 +55,10 @@ def fused_experts(
         With `order` [N, D], without [M, D]; in the dtype of `x`.
     """
     ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
+    gathers = order is not None and products_obstacle(x.device, x.dtype, *down_EDF.shape[1:]) is None
+    plan = _Plan(order, form, gathers)
     out: torch.Tensor = _FusedExperts.apply(
-        x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, _Plan(order, form)
+        x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, plan
     )
     return out
 
@@ -86,20 +91,27 @@ class _FusedExperts(torch.autograd.Function):
         x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert = ctx.saved_tensors
         order, form = ctx.plan.order, ctx.plan.form
         needs = ctx.needs_input_grad
-        grad_rows = _rows(grad.contiguous(), order)
+        grad = grad.contiguous()
+        grad_rows = _rows(grad, order)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
             h, weight_M, grouped(grad_rows, down, ends), form, gate_up_bias, expert
         )
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = grouped_weight_gradient(grad_rows, activated, ends)
+            if ctx.plan.gathers:
+                grads[3] = gathered_weight_gradient(grad, activated, order, torch.empty_like(down))
+            else:
+                grads[3] = grouped_weight_gradient(grad_rows, activated, ends)
         if needs[5]:
             grads[5] = triton_rows.sum_by_expert(grad_rows, ends, weight_M)
         if down_bias is not None and needs[1]:
             triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, expert)
         del grad_rows, activated
         if needs[2]:
-            grads[2] = grouped_weight_gradient(grad_h, _rows(x, order), ends)
+            if ctx.plan.gathers:
+                grads[2] = gathered_weight_gradient(x, grad_h, order, torch.empty_like(gate_up).mT).mT
+            else:
+                grads[2] = grouped_weight_gradient(grad_h, _rows(x, order), ends)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends)
         if needs[0]:

@@ -32,6 +32,15 @@ def sonic_obstacle(
     bias: bool = False,
 ) -> str | None:
     """Why `sonic_experts` cannot run these experts, or None when it can."""
+    if found := products_obstacle(device, dtype, hidden, width):
+        return found
+    if _quack_activation(activation) is None:
+        return f"the SonicMoE kernels have no activation {activation}"
+    return "the SonicMoE kernels are called without biases" if bias else None
+
+
+def products_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> str | None:
+    """Why QuACK's products cannot run on rows of these sizes, or None when they can."""
     if device.type != "cuda":
         return "the SonicMoE kernels need CUDA"
     if not is_installed("triton") or not is_at_least("quack-kernels", 0, 6):
@@ -40,11 +49,25 @@ def sonic_obstacle(
         return "the SonicMoE kernels need compute capability 9.0"
     if dtype != torch.bfloat16:
         return f"the SonicMoE kernels run in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if _quack_activation(activation) is None:
-        return f"the SonicMoE kernels have no activation {activation}"
-    if bias:
-        return "the SonicMoE kernels are called without biases"
     return rows_obstacle("SonicMoE", dtype, hidden, width)
+
+
+def gathered_weight_gradient(
+    tokens_ND: torch.Tensor, rows_MF: torch.Tensor, order: ExpertOrder, out_EDF: torch.Tensor
+) -> torch.Tensor:
+    """tokens[token of the row].T @ rows, over the rows of each expert, into `out_EDF`; the tokens are read in place.
+
+    Args:
+        tokens_ND, rows_MF: contiguous.
+        out_EDF: contiguous, or the transpose of what is.
+    """
+    from quack.gemm_interface import gemm
+
+    starts = F.pad(torch.cumsum(order.counts_E, 0, dtype=torch.int32), (1, 0))
+    return gemm(
+        tokens_ND.mT, rows_MF, out=out_EDF, cu_seqlens_k=starts, A_idx=order.token_M.int(), dynamic_scheduler=False,
+        tuned=False,
+    )  # fmt: skip
 
 
 def _quack_activation(activation: GatedActivation | Ungated) -> str | None:

@@ -17,6 +17,7 @@ from automodel.kernels.experts import expert_mlp
 from automodel.kernels.fused_experts import fused_experts
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_rows
+from tests.automodel.kernels.quack_stand_in import installed_quack
 
 on_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if on_gpu else "cpu"
@@ -79,6 +80,25 @@ def test_values_and_all_gradients_are_the_references(
         assert tensor.grad is not None
         assert tensor.grad.dtype == DTYPE
         assert relative_error(tensor.grad, reference.grad) < TOLERANCE, tensor.shape
+
+
+@pytest.mark.skipif(on_gpu, reason="QuACK's own products run there, where they are installed")
+@pytest.mark.parametrize("biases", [False, True])
+def test_products_that_gather_tokens_compute_the_same_gradients(monkeypatch: pytest.MonkeyPatch, biases: bool) -> None:
+    order = sort_by_expert(torch.rand(TOKENS, EXPERTS - 1).topk(TOP_K).indices + 1, EXPERTS)
+    gradients = []
+    for obstacle in ("none here", None):
+        monkeypatch.setattr("automodel.kernels.fused_experts.products_obstacle", lambda *_, found=obstacle: found)
+        given = inputs(16, biases=biases)
+        x, weight, gate_up, down, *both = given
+        names = dict(zip(("gate_up_bias_E2F", "down_bias_ED"), both, strict=False))
+        with installed_quack():
+            out = fused_experts(x, weight, order.counts_E, gate_up, down, activation_form(SWIGLU), order=order, **names)
+            out.square().sum().backward()
+        gradients.append([tensor.grad for tensor in given])
+    for gathered, grouped in zip(*gradients, strict=True):
+        torch.testing.assert_close(gathered, grouped, rtol=1e-5, atol=1e-5)
+        assert gathered.is_contiguous()
 
 
 def test_no_rows_at_all_leave_zero_gradients() -> None:
