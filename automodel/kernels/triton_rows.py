@@ -19,6 +19,8 @@ from automodel.kernels.activations import ClampedSwiGLU, GatedActivation, Ungate
 _SWIGLU, _CLAMPED, _RELU_SQUARED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LIMITED_PROGRAMS = 4096
 """Programs over rows of which the device knows how many there are: two waves on the largest GPUs."""
+_SHARES = 16
+"""Programs that share the rows of an expert in a column's sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +209,14 @@ def _dot_with_bias(rows, bias, expert, out, used, C: tl.constexpr, BLOCK: tl.con
 def _sum_by_expert(
     rows, weight, ends, out, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):
-    expert = tl.program_id(0)
+    # A share of the rows of an expert, so that one which has most of them keeps all multiprocessors busy.
+    expert, share = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < C
     end = tl.load(ends + expert).to(tl.int64)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    first = start
+    first = start + share * ROWS
     while first < end:
         row = first + tl.arange(0, ROWS)
         valid = row < end
@@ -223,8 +226,9 @@ def _sum_by_expert(
         if HAS_WEIGHT:
             value *= tl.load(weight + row, mask=valid, other=0.0)[:, None]
         total += tl.sum(value, axis=0)
-        first += ROWS
-    tl.store(out + expert.to(tl.int64) * C + column, total.to(out.dtype.element_ty), mask=inside)
+        first += tl.num_programs(2) * ROWS
+    to = out + (share * tl.num_programs(0) + expert).to(tl.int64) * C + column
+    tl.store(to, total, mask=inside)
 
 
 def activate(
@@ -354,12 +358,12 @@ def add_dot_with_bias(
 def sum_by_expert(rows: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """[E, C]: the sum of each expert's rows, each times its `weight` (FP32 [M]) where one is given, in FP32."""
     columns = rows.shape[1]
-    out = rows.new_empty(len(ends), columns)
+    shares = rows.new_empty(_SHARES, len(ends), columns, dtype=torch.float32)
     block = min(128, triton.next_power_of_2(columns))
     if len(ends):
-        grid = (len(ends), triton.cdiv(columns, block))
-        _sum_by_expert[grid](rows, weight, ends, out, columns, 32, block, weight is not None, num_warps=4)
-    return out
+        grid = (len(ends), triton.cdiv(columns, block), _SHARES)
+        _sum_by_expert[grid](rows, weight, ends, shares, columns, 32, block, weight is not None, num_warps=4)
+    return shares.sum(0).to(rows.dtype)
 
 
 def _programs(rows: int, used: torch.Tensor | None) -> int:

@@ -16,7 +16,7 @@ from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedAct
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.fused_experts import fused_experts
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
-from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_rows
+from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_by_expert, sum_rows
 from tests.automodel.kernels.quack_stand_in import installed_quack
 
 on_gpu = torch.cuda.is_available()
@@ -133,3 +133,11 @@ def test_rows_are_gathered_and_spread_as_by_indexing(columns: int) -> None:
     assert torch.equal(gather_rows(x, index % 21), x[index % 21])
     spread = spread_rows(x, index, 3)
     assert torch.equal(spread[index], x.repeat_interleave(3, 0))
+
+
+def test_rows_of_an_expert_are_summed_however_many_it_has() -> None:
+    ends = torch.tensor([700, 700, 705], dtype=torch.int32, device=DEVICE)
+    rows, weight = torch.randn(800, 24, device=DEVICE), torch.rand(800, device=DEVICE)
+    parts = (rows * weight[:, None]).double()
+    expected = torch.stack([parts[:700].sum(0), parts[700:700].sum(0), parts[700:705].sum(0)])
+    torch.testing.assert_close(sum_by_expert(rows, ends, weight).double(), expected, rtol=1e-5, atol=1e-4)
