@@ -19,12 +19,16 @@ def _adamw(
     value = tl.load(parameter + at, mask=inside).to(tl.float32)
     slope = tl.load(gradient + at, mask=inside).to(tl.float32)
     if HAS_FACTOR:
-        slope *= tl.load(factor)
+        scale = tl.load(factor)
+        slope *= scale
     mean = tl.load(first + at, mask=inside).to(tl.float32)
     mean += (slope - mean) * (1 - beta1)
     square = tl.load(second + at, mask=inside).to(tl.float32)
     square = square * beta2 + slope * slope * (1 - beta2)
     value = value * decay - rate * mean / (tl.sqrt(square) / root_correction + eps)
+    if HAS_FACTOR:
+        # NaN is no update. Loads do not wait for this.
+        inside = at < tl.where(scale == scale, count, 0)  # noqa: PLR0124
     tl.store(parameter + at, value.to(parameter.dtype.element_ty), mask=inside)
     tl.store(first + at, mean.to(first.dtype.element_ty), mask=inside)
     tl.store(second + at, square.to(second.dtype.element_ty), mask=inside)
@@ -48,7 +52,7 @@ def adamw_(
     Args:
         parameter, gradient, first, second: of one shape, contiguous, each of any floating dtype.
         step: from 1.
-        factor: FP32, one element, on the gradient; None is 1.
+        factor: FP32, one element, on the gradient; None is 1. Where it is NaN, nothing is updated.
     """
     count = parameter.numel()
     if count:

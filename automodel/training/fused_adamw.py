@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ class FusedAdamW(torch.optim.AdamW):
     checkpoints of the two are interchangeable. Sharded parameters are updated where they lie.
 
     Attributes:
-        gradient_factor: FP32, one element, on every gradient in the next step; then forgotten. None is 1.
+        gradient_factor: FP32, one element, on every gradient in the next step; then forgotten. None is 1. With NaN a
+            step updates nothing: `take_back` says so to the host, too.
     """
 
     gradient_factor: torch.Tensor | None = None
+    _counted: Sequence[torch.Tensor] = ()
+    """`step` of each parameter that the last step updated."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -31,6 +34,7 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._counted = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -41,6 +45,7 @@ class FusedAdamW(torch.optim.AdamW):
                     state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 state["step"] += 1
+                self._counted.append(state["step"])
                 adamw_(
                     local_part(parameter),
                     local_part(parameter.grad).contiguous(),
@@ -55,6 +60,12 @@ class FusedAdamW(torch.optim.AdamW):
                 )
         self.gradient_factor = None
         return loss
+
+    def take_back(self) -> None:
+        """After a step with NaN as `gradient_factor`, count as if it had not been."""
+        for count in self._counted:
+            count.sub_(1)
+        self._counted = []
 
 
 def can_fuse(parameters: list[torch.nn.Parameter]) -> bool:

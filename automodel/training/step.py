@@ -43,6 +43,12 @@ class StepResult:
     tokens: int
     stop: bool = False
 
+    @classmethod
+    def of(cls, measured: Sequence[float]) -> StepResult:
+        """Of the four numbers, in this order."""
+        loss, norm, tokens, stops = measured
+        return cls(loss, norm, int(tokens), stops > 0)
+
 
 def train_step(
     model: nn.Module,
@@ -86,18 +92,43 @@ def train_step(
         else:
             total += graph.backward(batch, share, place)
     norm = global_grad_norm(model, mesh)
-    # The only wait for the device in a step.
-    measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double(), stops.double()]).tolist()
-    result = StepResult(measured[0], measured[1], int(measured[2]), measured[3] > 0)
+    measured = torch.stack([_sum_over(mesh, total) / processes, norm, tokens.double(), stops.double()])
+    if isinstance(optimizer, FusedAdamW):
+        return _update_early(optimizer, norm, measured, max_grad_norm)
+    result = StepResult.of(measured.tolist())
     _check(result)
     if max_grad_norm is not None and result.grad_norm > max_grad_norm:
-        factor = clip_factor(norm, max_grad_norm)
-        if isinstance(optimizer, FusedAdamW):
-            optimizer.gradient_factor = factor
-        else:
-            scale_gradients_(model, factor)
+        scale_gradients_(model, clip_factor(norm, max_grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def _update_early(
+    optimizer: FusedAdamW, norm: torch.Tensor, measured: torch.Tensor, max_grad_norm: float | None
+) -> StepResult:
+    """Launch the update before the host knows the norm: where that is not finite, or no token counts, it is none.
+
+    The wait for what was measured, the only one in a step, is then over while the device is still updating, and the
+    host prepares the next step meanwhile.
+    """
+    there = measured
+    if measured.is_cuda:
+        there = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True).copy_(measured, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    factor = clip_factor(norm, math.inf if max_grad_norm is None else max_grad_norm)
+    optimizer.gradient_factor = factor.where(norm.isfinite() & (measured[2] > 0), math.nan)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if measured.is_cuda:
+        arrived.synchronize()
+    result = StepResult.of(there.tolist())
+    try:
+        _check(result)
+    except CkptError:
+        optimizer.take_back()
+        raise
     return result
 
 

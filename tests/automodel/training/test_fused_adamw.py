@@ -6,6 +6,7 @@ On a machine without a GPU Triton's interpreter runs the kernel, where Triton is
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_the_factor_scales_gradients_once() -> None:
         torchs.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_factor_that_is_no_number_updates_nothing() -> None:
+    mine = parameters(torch.float32)
+    ours = FusedAdamW(mine, **OPTIONS)
+    for seed, factor in enumerate((1.0, math.nan)):
+        held = copy.deepcopy([p.detach() for p in mine]), copy.deepcopy(ours.state_dict())
+        give_gradients(mine, seed)
+        ours.gradient_factor = torch.tensor(factor, device=DEVICE)
+        ours.step()
+    ours.take_back()
+    assert all(torch.equal(p, before) for p, before in zip(mine, held[0], strict=True))
+    for number, state in held[1]["state"].items():
+        assert all(torch.equal(value, ours.state_dict()["state"][number][key]) for key, value in state.items())
 
 
 def test_parameters_without_gradient_stay() -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.mesh import MeshConfig, ParallelMesh, data_parallel
 from automodel.training.data import IGNORED, Batch
+from automodel.training.fused_adamw import FusedAdamW
 from automodel.training.optimizer import OptimizerConfig, build_optimizer
 from automodel.training.step import train_step
 from ckpt_tools.core.errors import CkptError
@@ -110,23 +111,61 @@ def test_models_of_transformers_train_the_same_way():
     assert losses[-1] < losses[0]
 
 
-def test_a_norm_that_is_not_finite_stops_before_the_update():
+@pytest.fixture(params=[False, True], ids=["torch's AdamW", "fused AdamW"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the optimizer of CUDA, whose kernel Triton's interpreter runs."""
+    if request.param:
+        pytest.importorskip("triton")
+        monkeypatch.setattr("automodel.training.optimizer.can_fuse", lambda _: True)
+    return request.param
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.3, None])
+def test_steps_of_the_fused_optimizer_are_those_of_torchs(
+    monkeypatch: pytest.MonkeyPatch, max_grad_norm: float | None
+) -> None:
+    pytest.importorskip("triton")
+    found = []
+    for fuse in (False, True):
+        monkeypatch.setattr("automodel.training.optimizer.can_fuse", lambda _, fuse=fuse: fuse)
+        model = moe_model().train()
+        optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2))
+        assert isinstance(optimizer, FusedAdamW) == fuse
+        results = [train_step(model, optimizer, [uneven_batch()], None, max_grad_norm=max_grad_norm) for _ in range(3)]
+        found.append([number for r in results for number in (r.loss, r.grad_norm, r.tokens)])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def states(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    values = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    return [tensor.clone() for tensor in (*model.state_dict().values(), *values)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_stops_before_the_update(fused: bool, value: float):
     model = moe_model().train()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("nan")
-    before = model.model.embed_tokens.weight.detach().clone()
     optimizer = build_optimizer(model, OptimizerConfig())
-    with pytest.raises(CkptError, match="gradient norm is nan"):
+    assert isinstance(optimizer, FusedAdamW) == fused
+    train_step(model, optimizer, [uneven_batch()], None, max_grad_norm=1.0)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = value
+    before = states(model, optimizer)
+    with pytest.raises(CkptError, match="gradient norm is"):
         train_step(model, optimizer, [uneven_batch()], None, max_grad_norm=1.0)
-    assert torch.equal(model.model.embed_tokens.weight, before)
+    for now, was in zip(states(model, optimizer), before, strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_batch_without_targets_is_refused():
+def test_a_batch_without_targets_is_refused(fused: bool):
     whole = uneven_batch()
     empty = Batch(whole.input_ids, whole.position_ids, torch.full_like(whole.labels, IGNORED))
     model = moe_model()
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert isinstance(optimizer, FusedAdamW) == fused
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(CkptError, match="no token of the global batch"):
-        train_step(model, build_optimizer(model, OptimizerConfig()), [empty], None, max_grad_norm=None)
+        train_step(model, optimizer, [empty], None, max_grad_norm=None)
+    assert all(torch.equal(now, was) for now, was in zip(model.parameters(), before, strict=True))
 
 
 def test_only_matrices_decay():
