@@ -26,7 +26,7 @@ KINDS = {
 }
 """Kinds of work -> parts of the names of their CUDA kernels; the first that fits counts. The head is dense."""
 OTHER = "other"
-_NO_KERNELS = ("Optimizer.", "nccl:", "Memset", "FSDP::", "ProfilerStep", "## ")
+_NO_KERNELS = ("Optimizer.", "nccl:", "FSDP::", "ProfilerStep", "## ")
 """Annotations cover kernels that are listed themselves."""
 
 Interval = tuple[float, float]
@@ -59,7 +59,8 @@ def profile(step: Callable[..., Any], ids: Any, synchronize: Callable[[], None])
     """One step under torch's profiler: milliseconds by kind of kernel, and of the kernels that take longest.
 
     `exposed_communication` is the time in which a kernel of NCCL or of the exchange through symmetric memory runs, its
-    waiting for other processes included, and no other kernel; `idle` is that in which none runs.
+    waiting for other processes included, and no other kernel; `idle` is that in which none runs, and `gaps` its longest
+    parts.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -96,13 +97,27 @@ def summary(kernels: Sequence[tuple[str, Interval]]) -> dict[str, Any]:
         sides[kind == COMMUNICATION].append((begin, end))
     everything = merged([*sides[True], *sides[False]])
     span = everything[-1][1] - everything[0][0] if everything else 0.0
+    ordered = sorted(kernels, key=lambda kernel: kernel[1])
     longest = sorted(totals.items(), key=lambda item: -item[1][0])[:45]
     return {
         "milliseconds_by_kind": {kind: round(value, 2) for kind, value in shares.items()},
         "exposed_communication": round(exposed(sides[True], sides[False]) / 1e3, 2),
         "idle": round((span - _length(everything)) / 1e3, 2),
+        "gaps": _gaps(ordered)[:12],
         "top": [[name[:90], round(total, 3), int(count)] for name, (total, count) in longest],
     }
+
+
+def _gaps(kernels: Sequence[tuple[str, Interval]]) -> list[list[Any]]:
+    """[milliseconds in which nothing ran, the kernel before, the one after], the longest first; of kernels in order."""
+    found = []
+    last, until = "", kernels[0][1][0] if kernels else 0.0
+    for name, (begin, end) in kernels:
+        if begin > until:
+            found.append([round((begin - until) / 1e3, 3), last[:60], name[:60]])
+        if end > until:
+            last, until = name, end
+    return sorted(found, key=lambda gap: -gap[0])
 
 
 def _length(intervals: Iterable[Interval]) -> float:

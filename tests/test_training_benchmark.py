@@ -78,6 +78,7 @@ def test_a_profile_tells_kinds_of_kernels_apart() -> None:
     )
     assert found["exposed_communication"] == 1.5
     assert found["idle"] == 1.0
+    assert found["gaps"] == [[1.0, "ncclDevKernel_AllGather_RING_LL", "barrier_kernel"]]
     kinds = {kind: value for kind, value in found["milliseconds_by_kind"].items() if value}
     assert kinds == {"communication": 2.0, "dense products": 1.0, "norms, rope, residuals": 0.5}
     assert found["top"][0] == ["ncclDevKernel_AllGather_RING_LL", 1.5, 1]
