@@ -6,10 +6,12 @@
 
 A step is forward, backward, gradient clipping and AdamW with states in BF16, at sequence length 4,096, with the model's
 own router. Every row of the table starts from the same random weights, made by each process on its own device, and an
-empty optimizer, so that losses compare. Every implementation is a process of its own, or one for each GPU under
-torchrun: ours divides experts over `--ep` processes and shards the rest by FSDP2, the others are sharded by FSDP2.
-`--dry` says what memory the run would need, then runs the same code at tiny widths in FP32 over processes on CPUs, and
-fails where losses differ. Prints a table and writes JSON with the whole configuration.
+empty optimizer, so that losses compare. Steps follow each other without a pause, and the time of one is that from the
+end of the one before to its own end on the device; ours reads its loss in every step, the others only at the end. Every
+implementation is a process of its own, or one for each GPU under torchrun: ours divides experts over `--ep` processes
+and shards the rest by FSDP2, the others are sharded by FSDP2. `--dry` says what memory the run would need, then runs
+the same code at tiny widths in FP32 over processes on CPUs, and fails where losses differ. Prints a table and writes
+JSON with the whole configuration.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +103,7 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": arguments.tokens,
         "dtype": f"{arguments.dtype} parameters, gradients and AdamW states",
         "clipping": True,
+        "timing": "from the end of a step to that of the next one on the device, in a row",
         "lr": arguments.lr,
         "gpus": arguments.gpus,
         "gpu": _gpu(),
@@ -208,19 +212,16 @@ def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[st
         ids = torch.empty(size, arguments.sequence).exponential_(3.0, generator=generator).mul(200).long()
         return ids.clamp(max=vocabulary - 1)
 
-    losses, seconds = [], []
-    first = 0.0
-    for number in range(arguments.warmup + arguments.steps):
-        ids = batch()
-        _synchronize()
-        begun = time.perf_counter()
-        loss, norm = trainee.step(ids)
-        _synchronize()
-        elapsed = time.perf_counter() - begun
-        first = first or elapsed
-        losses.append(_mean(loss))
-        if number >= arguments.warmup:
-            seconds.append(elapsed)
+    batches = [batch() for _ in range(arguments.warmup + arguments.steps)]
+    _synchronize()
+    measured, marks = [], [_mark()]
+    for ids in batches:
+        measured.append(trainee.step(ids))
+        marks.append(_mark())
+    _synchronize()
+    losses, norm = [_mean(loss) for loss, _ in measured], measured[-1][1]
+    all_seconds = [_seconds(*pair) for pair in pairwise(marks)]
+    seconds = all_seconds[arguments.warmup :]
     median = statistics.median(seconds)
     tokens = size * arguments.sequence
     flops = tokens / median * flops_per_token(CASES[arguments.case], arguments.sequence)
@@ -229,7 +230,7 @@ def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[st
         "seconds": round(median, 5),
         "fastest": round(min(seconds), 5),
         "slowest": round(max(seconds), 5),
-        "first_step_seconds": round(first, 2),
+        "first_step_seconds": round(all_seconds[0], 2),
         "tokens_per_second_per_gpu": round(tokens / median),
         "model_tflops": round(flops / 1e12, 1),
         "mfu": round(flops / 1e12 / peak, 4) if peak else None,
@@ -269,6 +270,21 @@ def _device_bytes() -> int:
 
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def _mark() -> Any:
+    """A moment: on the device the one in which all that has been launched is done."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
 def _synchronize() -> None:

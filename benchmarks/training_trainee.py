@@ -21,7 +21,7 @@ from automodel.models import NATIVE_MODELS, NativeCausalLM
 from automodel.parallel.fsdp import parallelize
 from automodel.parallel.materialize import allocate
 from automodel.parallel.mesh import ParallelMesh
-from automodel.training.data import Batch
+from automodel.training.data import Batch, to_device
 from automodel.training.optimizer import OptimizerConfig, build_optimizer
 from automodel.training.step import step_graph, train_step
 from automodel.training.step_graph import StepGraph
@@ -150,7 +150,7 @@ def _peer(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=ours.betas, eps=ours.eps, fused=True)
 
     def step(ids: torch.Tensor) -> Measured:
-        loss = loss_of(ids.to(device, non_blocking=True))
+        loss = loss_of(to_device(ids, device))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()

@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.parallel.grad_norm import clip_factor, global_grad_norm, scale_gradients_
 from automodel.parallel.mesh import ParallelMesh
-from automodel.training.data import Batch
+from automodel.training.data import Batch, to_device
 from automodel.training.fused_adamw import FusedAdamW
 from automodel.training.step_graph import Place, StepGraph
 from ckpt_tools.core.errors import CkptError
@@ -79,8 +79,8 @@ def train_step(
     """
     device = batches[0].input_ids.device
     processes = mesh.world_size if mesh is not None else 1
-    counts = torch.tensor([sum(batch.target_tokens for batch in batches), int(stop)], device=device)
-    tokens, stops = _sum_over(mesh, counts)
+    counts = torch.tensor([sum(batch.target_tokens for batch in batches), int(stop)])
+    tokens, stops = _sum_over(mesh, to_device(counts, device))
     share = (tokens / processes).float()
     total = torch.zeros((), device=device, dtype=torch.float64)
     if graph is not None:
@@ -110,7 +110,7 @@ def _update_early(
     """Launch the update before the host knows the norm: where that is not finite, or no token counts, it is none.
 
     The wait for what was measured, the only one in a step, is then over while the device is still updating, and the
-    host prepares the next step meanwhile.
+    host launches the next step meanwhile.
     """
     there = measured
     if measured.is_cuda:

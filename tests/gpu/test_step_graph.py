@@ -69,6 +69,8 @@ def losses(
     graph = step_graph(model, micro_batches, sync_last=sync_last) if graphed else None
     measured = []
     for step in range(STEPS):
+        # A step from graphs waits for what it measured, and for nothing else: the next one is launched meanwhile.
+        torch.cuda.set_sync_debug_mode("error" if graph is not None and graph.captured == micro_batches else "default")
         generator = torch.Generator().manual_seed(10 * step + mesh.data_rank)
         batches = []
         for _ in range(micro_batches):
@@ -76,6 +78,7 @@ def losses(
             batches.append(Batch(ids, torch.arange(LENGTH).expand_as(ids), ids).to(torch.device("cuda")))
         result = train_step(model, optimizer, batches, mesh, max_grad_norm=1.0, sync_last=sync_last, graph=graph)
         measured.append(result.loss)
+    torch.cuda.set_sync_debug_mode("default")
     captured = graph.captured if graph is not None else 0
     if graph is not None:
         graph.close()
