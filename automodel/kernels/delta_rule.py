@@ -181,6 +181,7 @@ def _within_documents(
     return same.unsqueeze(1), starts.unsqueeze(1), ends.unsqueeze(1), (before_BN == end_BN).unsqueeze(1)
 
 
+@torch.compiler.disable
 def _fla(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -61,13 +61,7 @@ def causal_conv(
         segment_BS: integer that changes where another segment begins; None means that a row is one segment.
     """
     if kernel == "fused":
-        from causal_conv1d import causal_conv1d_fn
-
-        segment_BS = None if segment_BS is None else segment_BS.int()
-        # Channels last in memory, which the kernel needs to know of segments.
-        x_BCS = x_BSC.contiguous().transpose(1, 2)
-        y_BCS = causal_conv1d_fn(x_BCS, weight_CW, bias_C, seq_idx=segment_BS, activation="silu")
-        return y_BCS.transpose(1, 2)
+        return _fused_conv(x_BSC, weight_CW, bias_C, segment_BS)
     channels, width = weight_CW.shape
     if segment_BS is None:
         x_BCS = F.pad(x_BSC.transpose(1, 2), (width - 1, 0))
@@ -77,6 +71,19 @@ def causal_conv(
         same = segment_BS[:, lag:] == segment_BS[:, :-lag]
         y_BSC = y_BSC + F.pad(x_BSC[:, :-lag] * weight_CW[:, -1 - lag] * same.unsqueeze(-1), (0, 0, lag, 0))
     return F.silu(y_BSC)
+
+
+@torch.compiler.disable
+def _fused_conv(
+    x_BSC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor | None, segment_BS: torch.Tensor | None
+) -> torch.Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    segment_BS = None if segment_BS is None else segment_BS.int()
+    # Channels last in memory, which the kernel needs to know of segments.
+    x_BCS = x_BSC.contiguous().transpose(1, 2)
+    y_BCS = causal_conv1d_fn(x_BCS, weight_CW, bias_C, seq_idx=segment_BS, activation="silu")
+    return y_BCS.transpose(1, 2)
 
 
 def state_space_scan(
@@ -108,20 +115,7 @@ def state_space_scan(
         [B, S, H, P], in FP32 or wider from the reference, and the state after the last token [B, H, P, N].
     """
     if kernel == "fused":
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        return mamba_chunk_scan_combined(
-            x_BSHP,
-            step_BSH,
-            A_H,
-            B_BSGN,
-            C_BSGN,
-            chunk_size,
-            D=D_H,
-            initial_states=initial_BHPN,
-            seq_idx=None if segment_BS is None else segment_BS.int(),
-            return_final_states=True,
-        )
+        return _fused_scan(x_BSHP, step_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size, initial_BHPN, segment_BS)
     batch, length, heads, head_dim = x_BSHP.shape
     groups, chunk = B_BSGN.shape[2], min(chunk_size, length)
     wide = step_BSH.dtype
@@ -155,6 +149,34 @@ def state_space_scan(
     y_BKGRLP = y_BKGRLP + from_before * since_start_BKGRL.unsqueeze(-1)
     y_BSHP = y_BKGRLP.movedim(4, 2).flatten(3, 4).flatten(1, 2)[:, :length]
     return y_BSHP + D_H.to(wide).unsqueeze(-1) * x_BSHP, state_BGRPN.reshape(batch, heads, head_dim, -1)
+
+
+@torch.compiler.disable
+def _fused_scan(
+    x_BSHP: torch.Tensor,
+    step_BSH: torch.Tensor,
+    A_H: torch.Tensor,
+    B_BSGN: torch.Tensor,
+    C_BSGN: torch.Tensor,
+    D_H: torch.Tensor,
+    chunk_size: int,
+    initial_BHPN: torch.Tensor | None,
+    segment_BS: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(
+        x_BSHP,
+        step_BSH,
+        A_H,
+        B_BSGN,
+        C_BSGN,
+        chunk_size,
+        D=D_H,
+        initial_states=initial_BHPN,
+        seq_idx=None if segment_BS is None else segment_BS.int(),
+        return_final_states=True,
+    )
 
 
 def _reach(

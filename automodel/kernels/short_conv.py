@@ -38,10 +38,15 @@ def short_conv(
     if document_BS is not None:
         return F.silu(_within_documents(x_BCS, weight_CK, document_BS))
     if fused:
-        from causal_conv1d import causal_conv1d_fn
-
-        return causal_conv1d_fn(x_BCS, weight_CK, activation="silu")[..., taps - 1 :]
+        return _fused(x_BCS, weight_CK)[..., taps - 1 :]
     return F.silu(F.conv1d(x_BCS, weight_CK.unsqueeze(1), groups=weight_CK.shape[0]))
+
+
+@torch.compiler.disable
+def _fused(x_BCS: torch.Tensor, weight_CK: torch.Tensor) -> torch.Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x_BCS, weight_CK, activation="silu")
 
 
 def _within_documents(x_BCS: torch.Tensor, weight_CK: torch.Tensor, document_BS: torch.Tensor) -> torch.Tensor:

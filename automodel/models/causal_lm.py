@@ -238,7 +238,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
         loss = resolve_loss(self.backend, weight.device)
         norms = sum(isinstance(module, RMSNorm) for module in self.modules())
         delta_nets = self.spec.attention_kinds.count("linear_attention") if self.spec.delta_net else 0
-        compilable = sum(getattr(layer, "can_compile", False) for layer in self.model.layers)
+        compilable = sum(layer.can_compile(*weight) for layer in self.model.own_layers)
         attention = self.config._attn_implementation
         attending = sum(kind in _ATTENDING for kind in self.spec.attention_kinds)
         slower = "asked for" if attention == "eager" else sdpa.reason
@@ -253,8 +253,10 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             BackendRow("layers", compilable, layers.kernel, layers.reason),
             BackendRow("loss", 1, loss.kernel, loss.reason),
         ]
-        if hybrid := self.config.num_hidden_layers - compilable:
-            rows.append(BackendRow("hybrid layers", hybrid, "eager", "layers of hybrids that scan are not compiled"))
+        if scanning := self.config.num_hidden_layers - compilable:
+            rows.append(
+                BackendRow("layers that scan", scanning, "eager", "the scans of the references are not compiled")
+            )
         if delta_nets:
             rule = resolve_delta_rule(self.backend, weight.device, weight.dtype, training=self.training)
             conv = resolve_short_conv(self.backend, weight.device)

@@ -5,21 +5,18 @@ Legend: B batch, S sequence, D hidden, V vocabulary, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from automodel.backends import Backend, require_attention, resolve_layers
+from automodel.backends import Backend, require_attention
 from automodel.compat import PreTrainedConfig, make_cache, padding_mask_for
 from automodel.models.attention import Attention
-from automodel.models.checkpointing import keeping_attention
 from automodel.models.delta_net import Documents, GatedDeltaNet
 from automodel.models.latent_attention import LatentAttention
+from automodel.models.layer import Layer, LayerOutput
 from automodel.models.masking import AttentionMask, attention_masks, is_packed
 from automodel.models.mlp import GatedMLP, MoeMLP
 from automodel.models.norms import RMSNorm
@@ -39,19 +36,12 @@ class DecoderOutput:
     router_logits: tuple[torch.Tensor, ...]
 
 
-class DecoderLayer(GradientCheckpointingLayer):
+class DecoderLayer(Layer):
     """A token mixer (attention, or what its kind of layer has instead) and a feed-forward part, each behind a norm and
-    around a residual.
-
-    Attributes:
-        recomputes_attention: in training, as `models.checkpointing` says.
-    """
+    around a residual."""
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
-        super().__init__()
-        self.kind = spec.attention_kinds[layer]
-        self.backend = backend
-        self.recomputes_attention = False
+        super().__init__(spec.attention_kinds[layer], backend)
         if self.kind == "linear_attention":
             self.linear_attn = GatedDeltaNet(spec, spec.delta_net, layer, backend)
         else:
@@ -61,28 +51,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = hidden_norm(spec, backend)
         self.post_attention_layernorm = hidden_norm(spec, backend)
 
-    def forward(
-        self,
-        x_BSD: torch.Tensor,
-        cos_BSd: torch.Tensor,
-        sin_BSd: torch.Tensor,
-        mask: AttentionMask | Documents,
-        kernel: str,
-        past_key_values: Cache | None = None,
-        cache_position: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states [B, S, D], attention probabilities (eager only), router logits (expert layers only)."""
-        training = self.training and torch.is_grad_enabled()
-        compiled = self.can_compile and (
-            resolve_layers(self.backend, x_BSD.device, training=training).kernel == "compiled"
-        )
-        run = _compiled_layer() if compiled else DecoderLayer._run
-        return run(self, x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
-
-    @property
-    def can_compile(self) -> bool:
-        """Whether torch.compile gains anything here; scans are loops, or have kernels of their own."""
-        return self.kind != "linear_attention"
+    def _scanning(self) -> GatedDeltaNet:
+        return self.linear_attn
 
     def _run(
         self,
@@ -93,10 +63,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         kernel: str,
         past_key_values: Cache | None,
         cache_position: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        inputs = (x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
-        again = self.recomputes_attention and self.training and past_key_values is None
-        attended, probabilities = keeping_attention(self._mix, *inputs) if again else self._mix(*inputs)
+    ) -> LayerOutput:
+        attended, probabilities = self._mixed(x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
         x_BSD = x_BSD + attended
         output, router_logits = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + output, probabilities, router_logits
@@ -104,12 +72,6 @@ class DecoderLayer(GradientCheckpointingLayer):
     def _mix(self, x_BSD: torch.Tensor, *inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         mixer = self.linear_attn if self.kind == "linear_attention" else self.self_attn
         return mixer(self.input_layernorm(x_BSD), *inputs)
-
-
-@cache
-def _compiled_layer() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    # What is inside the hooks of FSDP and of checkpointing, and one function, so that all layers share its graphs.
-    return torch.compile(DecoderLayer._run)
 
 
 class Decoder(nn.Module):
@@ -124,7 +86,7 @@ class Decoder(nn.Module):
         layer_class: makes a layer from the spec, its index and the backend.
     """
 
-    layer_class: type[GradientCheckpointingLayer] = DecoderLayer
+    layer_class: type[Layer] = DecoderLayer
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: Backend) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from automodel.backends import Backend, resolve_delta_rule, resolve_short_conv
 from automodel.compat import extend_conv_columns, load_recurrent_state, save_recurrent_state
-from automodel.kernels.delta_rule import gated_delta_rule
+from automodel.kernels.delta_rule import DeltaRuleKernel, gated_delta_rule
 from automodel.kernels.short_conv import short_conv
 from automodel.models.linear import Linear
 from automodel.models.norms import GatedRMSNorm
@@ -130,15 +130,27 @@ class GatedDeltaNet(nn.Module):
             query_BSHK,
             key_BSHK,
             value_BSHV,
-            self.decay(a_BSH),
+            self._decays(a_BSH),
             beta_BSH,
-            resolve_delta_rule(self.backend, x_BSD.device, x_BSD.dtype, training=self.training).kernel,
+            self._kernel(x_BSD.device, x_BSD.dtype),
             state_BHKV=state,
             document_BS=document_BS,
         )
         if cache is not None:
             save_recurrent_state(cache, self.layer, state)
         return self.out_proj(self.norm(output_BSHV, gate_BSHV).flatten(2)), None
+
+    def has_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """See `layer.Scanning`."""
+        return self._kernel(device, dtype) == "fla"
+
+    def _kernel(self, device: torch.device, dtype: torch.dtype) -> DeltaRuleKernel:
+        return resolve_delta_rule(self.backend, device, dtype, training=self.training).kernel
+
+    @torch.compiler.disable
+    def _decays(self, a_BSH: torch.Tensor) -> torch.Tensor:
+        # FSDP2 gathers what this holds by hooks of its own.
+        return self.decay(a_BSH)
 
     def _project(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries and keys [B, S, G, K], values and gates [B, S, H, V], and beta and a [B, S, H]."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from automodel.backends import Backend
 from automodel.models.attention import Attention
-from automodel.models.checkpointing import keeping_attention
 from automodel.models.decoder import Decoder, hidden_norm
 from automodel.models.delta_net import document_numbers
+from automodel.models.layer import Layer, LayerOutput
 from automodel.models.mamba import Mamba2, RecurrentMask
 from automodel.models.masking import AttentionMask, attention_masks, is_packed
 from automodel.models.mlp import MoeMLP, PlainMLP
@@ -21,43 +20,37 @@ from ckpt_tools.core.errors import UsageError
 Mask = AttentionMask | RecurrentMask
 
 
-class HybridLayer(GradientCheckpointingLayer):
-    """One mixer behind a norm and around a residual.
-
-    Attributes:
-        recomputes_attention: in training, as `models.checkpointing` says.
-    """
+class HybridLayer(Layer):
+    """One mixer behind a norm and around a residual."""
 
     def __init__(self, spec: DecoderSpec, layer: int, backend: Backend) -> None:
-        super().__init__()
-        self.kind = spec.attention_kinds[layer]
-        self.recomputes_attention = False
+        super().__init__(spec.attention_kinds[layer], backend)
         self.norm = hidden_norm(spec, backend)
         self.mixer = mixer(self.kind, spec, layer, backend)
 
-    def forward(
+    def _scanning(self) -> Mamba2:
+        return self.mixer
+
+    def _run(
         self,
         x_BSD: torch.Tensor,
         cos_BSd: torch.Tensor | None,
         sin_BSd: torch.Tensor | None,
         mask: Mask,
         kernel: str,
-        past_key_values: Cache | None = None,
-        cache_position: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states [B, S, D], attention probabilities (eager attention only), router logits (experts only)."""
+        past_key_values: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> LayerOutput:
         probabilities = router_logits = None
         if self.kind == "linear_attention":
             output = self.mixer(self.norm(x_BSD), mask, past_key_values)
         elif self.kind == "full_attention":
-            inputs = (x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
-            again = self.recomputes_attention and self.training and past_key_values is None
-            output, probabilities = keeping_attention(self._attend, *inputs) if again else self._attend(*inputs)
+            output, probabilities = self._mixed(x_BSD, cos_BSd, sin_BSd, mask, kernel, past_key_values, cache_position)
         else:
             output, router_logits = self.mixer(self.norm(x_BSD))
         return x_BSD + output, probabilities, router_logits
 
-    def _attend(self, x_BSD: torch.Tensor, *inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _mix(self, x_BSD: torch.Tensor, *inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.mixer(self.norm(x_BSD), *inputs)
 
 

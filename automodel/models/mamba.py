@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from automodel.backends import Backend, resolve_mamba
-from automodel.kernels.mamba import causal_conv, state_space_scan
+from automodel.kernels.mamba import MambaKernel, causal_conv, state_space_scan
 from automodel.models.linear import Linear
 from automodel.models.spec import DecoderSpec, MambaSpec
 from automodel.precision import keep_float32
@@ -119,7 +119,7 @@ class Mamba2(nn.Module):
     def forward(self, x_BSD: torch.Tensor, mask: RecurrentMask, cache: Cache | None) -> torch.Tensor:
         """[B, S, D]. A cache holds the last W inputs of the convolution and the state [B, H, P, N]; both go on."""
         mamba, padding_BS = self.mamba, mask.padding_BS
-        kernel = resolve_mamba(self.backend, x_BSD.device, x_BSD.dtype, mamba.convolved, mamba.conv_kernel).kernel
+        kernel = self._kernel(x_BSD.device, x_BSD.dtype)
         parts = self.in_proj(x_BSD).split((mamba.inner, mamba.convolved, mamba.num_heads), dim=-1)
         gate_BSI, x_BSC, step_BSH = parts[0], _without(padding_BS, parts[1]), parts[2]
         state = None if cache is None else cache.get_recurrent_state(self.layer)
@@ -133,7 +133,7 @@ class Mamba2(nn.Module):
 
         rates = mamba.groups * mamba.state_size
         x_BSI, in_BSr, out_BSr = x_BSC.split((mamba.inner, rates, rates), dim=-1)
-        step_BSH, A_H, D_H = self.ssm(step_BSH)
+        step_BSH, A_H, D_H = self._steps(step_BSH)
         y_BSHP, state = state_space_scan(
             x_BSI.unflatten(-1, (mamba.num_heads, mamba.head_dim)),
             step_BSH,
@@ -149,6 +149,18 @@ class Mamba2(nn.Module):
         if cache is not None:
             cache.update_recurrent_state(state.float(), self.layer)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), gate_BSI))
+
+    def has_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """See `layer.Scanning`."""
+        return self._kernel(device, dtype) == "fused"
+
+    def _kernel(self, device: torch.device, dtype: torch.dtype) -> MambaKernel:
+        return resolve_mamba(self.backend, device, dtype, self.mamba.convolved, self.mamba.conv_kernel).kernel
+
+    @torch.compiler.disable
+    def _steps(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # FSDP2 gathers what this holds by hooks of its own.
+        return self.ssm(x_BSH)
 
     def _with_past(self, x_BSC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The convolution's inputs after those that the cache holds, which then holds the last of them."""

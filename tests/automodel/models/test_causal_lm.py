@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from automodel.models import NATIVE_MODELS, NeMoLlamaForCausalLM, NeMoQwen3MoeForCausalLM, decoder
+from automodel.models import NATIVE_MODELS, NeMoLlamaForCausalLM, NeMoQwen3MoeForCausalLM, layer
 from automodel.models.decoder import DecoderLayer
 from ckpt_tools.core.errors import UsageError
 from tests.automodel.helpers import CONFIGS, every_config, installed, pair, relative, tokens
@@ -107,12 +107,12 @@ def test_token_embeddings_can_be_resized() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_can_be_compiled(name: str, dtype: torch.dtype) -> None:
     _, ours = pair(name, dtype=dtype)
-    layer = ours.model.layers[-1]
+    last = ours.model.layers[-1]
     x = torch.randn(1, 6, 32, dtype=dtype)
     cos, sin = ours.model.rotary_emb(x, torch.arange(6)[None])
-    expected = layer(x, cos, sin, None, "sdpa")[0]
+    expected = last(x, cos, sin, None, "sdpa")[0]
     # The expert loop of other dtypes reads the counts on the host, which breaks the graph.
-    compiled = torch.compile(layer, fullgraph=dtype == torch.bfloat16, backend="aot_eager")
+    compiled = torch.compile(last, fullgraph=dtype == torch.bfloat16, backend="aot_eager")
     assert relative(compiled(x, cos, sin, None, "sdpa")[0], expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
@@ -150,7 +150,7 @@ def test_compiled_layers_and_the_fused_loss_give_the_same_loss_and_gradients(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = torch.compile(DecoderLayer._run, backend="aot_eager")
-    monkeypatch.setattr(decoder, "_compiled_layer", lambda: compiled)
+    monkeypatch.setattr(layer, "_compiled", lambda _: compiled)
     reference, fast = (
         NATIVE_MODELS[name](CONFIGS[name](), backend=backend).train()
         for backend in ("torch", {"layers": "compiled", "loss": "fused", "sdpa": "cudnn"})

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automodel import MeshConfig
 from automodel.kernels import attention_calls
 from automodel.kernels.flash import Spans, causal_attention
-from automodel.models import NATIVE_MODELS, NativeCausalLM, decoder
+from automodel.models import NATIVE_MODELS, NativeCausalLM, layer
 from automodel.models.checkpointing import keeping_attention
 from automodel.models.decoder import DecoderLayer
 from automodel.parallel.fsdp import parallelize
@@ -77,7 +77,7 @@ def test_gradients_are_the_same_from_less_memory_and_attention_runs_once(name: s
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_compiled_layers_make_the_same_selection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(DecoderLayer._run, backend="aot_eager")
-    monkeypatch.setattr(decoder, "_compiled_layer", lambda: compiled)
+    monkeypatch.setattr(layer, "_compiled", lambda _: compiled)
     torch.manual_seed(0)
     model = NATIVE_MODELS[name](CONFIGS[name](), backend={"layers": "compiled"}).train().bfloat16()
     torch._dynamo.reset()

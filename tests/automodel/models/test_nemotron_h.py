@@ -290,9 +290,9 @@ def test_the_backend_report_tells_what_scans() -> None:
         "packed or windowed": 1,
         "norm": 6,
         "linear": 11,
-        "layers": 0,
+        "layers": 3,
         "loss": 1,
-        "hybrid layers": 5,
+        "layers that scan": 2,
     }
     assert (rows["mamba"].kernel, rows["mamba"].reason) == ("torch", "the fused kernels do not run on cpu")
 

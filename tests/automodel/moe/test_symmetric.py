@@ -183,7 +183,7 @@ def test_half_precision_is_rounded_once_a_process() -> None:
 def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> None:
     def step(directory: str, dispatch: str) -> tuple[float, list[Tensor], str]:
         from automodel import backends
-        from automodel.models import decoder
+        from automodel.models import layer
         from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
         from automodel.parallel import expert
         from automodel.parallel.fsdp import parallelize
@@ -192,7 +192,7 @@ def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> No
 
         backends.fused_obstacle = lambda *_: None
         expert.open_peers = lambda *_: FilePeers(directory)
-        decoder._compiled_layer = lambda: torch.compile(decoder.DecoderLayer._run, backend="eager")
+        layer._compiled = lambda kind: torch.compile(kind._run, backend="eager")
         torch.manual_seed(0)
         model = NeMoQwen3MoeForCausalLM(moe_config(), {"dispatch": dispatch, "layers": "compiled"}).train()
         parallelize(model, MeshConfig(dp_shard=1, ep=2).build())
