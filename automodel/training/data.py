@@ -72,7 +72,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     From memory that is not pinned CUDA would copy only after all that was launched before.
     """
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return (tensor.contiguous().pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class PackedData:
