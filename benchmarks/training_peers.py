@@ -41,6 +41,8 @@ TRANSFORMERS = {
     "liger-compiled": Peer("grouped_mm", compiled=True, liger=True),
 }
 NEMO = "nemo"
+_IN_FLOAT32 = ("NemotronHTopkRouter",)
+"""Modules whose weights are published in FP32, and are FP32 in ours; in BF16 small updates of them would be lost."""
 
 
 def transformers_model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -56,6 +58,9 @@ def transformers_model(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
     attention = {} if peer.attention is None else {"attn_implementation": peer.attention}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=peer.experts, **attention)
+    for module in model.modules():
+        if type(module).__name__ in _IN_FLOAT32:
+            module.float()
     if peer.compiled:
         layers = getattr(model, "model", None) or model.backbone
         for layer in layers.layers:

@@ -109,15 +109,16 @@ def training(document: Document) -> str:
     lines = [
         f"**{made['case']}**: {made['config']['num_hidden_layers']} layers, {made['gpus']} x {made['gpu']}, sequence "
         f"{made['sequence']:,}, {tokens(made)} tokens, torch {made['torch']}, transformers {made['transformers']}; "
-        f"medians of {made['steps']} steps; {made['flops_per_token'] / 1e9:.2f} GFLOP a token.",
+        f"medians of {made['steps']} steps{', in a row' if in_a_row(made) else ', each begun on an idle device'}; "
+        f"{made['flops_per_token'] / 1e9:.2f} GFLOP a token.",
         "",
         "| | micro-batch | ms | tokens/s/GPU | x transformers | TFLOP/s | GiB | loss, first and last common step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     timed = [row for row in rows if "error" not in row]
     base: dict[int, float] = {}
-    for row in sorted(timed, key=lambda row: bool(row.get("checkpointing"))):
-        if row["implementation"] == "transformers":
+    for row in sorted(timed, key=lambda row: (row["implementation"], bool(row.get("checkpointing")))):
+        if row["implementation"].startswith("transformers"):
             base.setdefault(row["micro_batch"], row["seconds"])
     common = {
         row["micro_batch"]: min(len(r["losses"]) for r in timed if r["micro_batch"] == row["micro_batch"])
@@ -142,7 +143,8 @@ def training(document: Document) -> str:
             shares = ", ".join(f"{kind} {value:.1f}" for kind, value in sorted(spent, key=lambda kind: -kind[1]))
             bare = row["kernels"].get("exposed_communication")
             alone = "" if bare is None else f"; communication that nothing else covers {bare:.1f}"
-            lines += ["", f"Ours at micro-batch {row['micro_batch']}, milliseconds in kernels: {shares}{alone}."]
+            size = f"{row['micro_batch']}{checkpointing(row)}"
+            lines += ["", f"Ours at micro-batch {size}, milliseconds in kernels: {shares}{alone}."]
     plots = [f"![Tokens a second at micro-batch {size}](plots/{plot_name(made, size)})" for size in compared(timed)]
     return "\n".join([*lines, *(["", *plots] if plots else [])]) + "\n"
 
@@ -158,17 +160,27 @@ def tokens(made: Document) -> str:
     return str(made.get("tokens", "skewed"))
 
 
+def in_a_row(made: Document) -> bool:
+    """Whether steps followed each other without a pause; older runs began each on an idle device."""
+    return "timing" in made
+
+
 def plot_name(made: Document, size: int) -> str:
     """The plot of one micro-batch size of a run."""
-    return f"training-{made['case']}-{made['gpus']}gpu-{tokens(made)}-{size}.svg"
+    pace = "-in-a-row" if in_a_row(made) else ""
+    return f"training-{made['case']}-{made['gpus']}gpu-{tokens(made)}{pace}-{size}.svg"
 
 
 def title(row: Document, gpus: int) -> str:
     """Who ran, and how: experts are divided over all processes unless it is said."""
     divided = f", ep {row['ep']}" if row["implementation"].startswith("ours") and row.get("ep", gpus) != gpus else ""
+    return TITLES[row["implementation"]] + divided + checkpointing(row)
+
+
+def checkpointing(row: Document) -> str:
+    """What a row says of it after its name."""
     selective = "selective " if row.get("checkpointing") == "selective" else ""
-    checkpointing = f", {selective}activation checkpointing" if row.get("checkpointing") else ""
-    return TITLES[row["implementation"]] + divided + checkpointing
+    return f", {selective}activation checkpointing" if row.get("checkpointing") else ""
 
 
 def full_model(document: Document) -> str:
@@ -276,12 +288,13 @@ def gpu() -> str:
 
 
 def training_runs() -> Iterator[Document]:
-    """Runs of one case on as many GPUs and like tokens as one document of all rows; the first one's configuration."""
-    found: dict[tuple[str, int, str], Document] = {}
+    """Runs of one case on as many GPUs, like tokens and at one pace as one document; the first one's configuration."""
+    found: dict[tuple[str, int, str, bool], Document] = {}
     for path in sorted(RESULTS.glob("training-*.json")):
         document = _read(path.name)
         made = document["configuration"]
-        first = found.setdefault((made["case"], made["gpus"], tokens(made)), {"configuration": made, "rows": []})
+        key = made["case"], made["gpus"], tokens(made), in_a_row(made)
+        first = found.setdefault(key, {"configuration": made, "rows": []})
         first["rows"] = [*first["rows"], *document["rows"]]
     yield from found.values()
 
