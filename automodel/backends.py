@@ -1,9 +1,10 @@
 """Which implementation runs each kind of layer, and why not a faster one.
 
 A `Backend` is what the user asked for, one field per kind of layer. The `resolve_*` functions turn it into the
-kernel that runs on a device and dtype, with the reason; layers and `BackendReport` use the same functions, so
-that the report is what happens. A kernel that was asked for by name and cannot run is an error, never a fallback;
-only `sdpa` is a preference, behind which torch's own order follows.
+kernel that runs on a device and dtype, with the reason; layers and `BackendReport` use the same functions, so that
+the report is what happens. Those of attention, experts and scans are in modules of their own. A kernel that was
+asked for by name and cannot run is an error, never a fallback; only `sdpa` is a preference, behind which torch's
+own order follows.
 """
 
 from __future__ import annotations
@@ -15,17 +16,9 @@ from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
-from automodel.kernels import measured
-from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
-from automodel.kernels.choice import fused_choice_obstacle
 from automodel.kernels.cross_entropy import fused_loss_obstacle
-from automodel.kernels.delta_rule import DeltaRuleKernel, fla_obstacle
-from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
-from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.kernels.packages import is_installed
-from automodel.kernels.short_conv import causal_conv1d_obstacle
-from automodel.kernels.sonic import sonic_obstacle
-from automodel.kernels.te import LinearKernel, alignment_obstacle, te_obstacle
+from automodel.kernels.te import LinearKernel, te_obstacle
 from automodel.logging import get_logger, log_once
 from ckpt_tools.core.errors import UsageError
 from ckpt_tools.core.names import nearest
@@ -125,8 +118,6 @@ _CHOICES = {
     "linear": LinearChoice,
     "router": RouterChoice,
 }
-WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
-"""Experts that apply the routing weights themselves."""
 _REFERENCES = ("torch", "eager", "all_to_all")
 _EVERYWHERE = {
     "torch": {
@@ -144,132 +135,12 @@ class Resolved:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedExperts(Resolved):
-    """`Resolved` for experts."""
-
-    kernel: ExpertsKernel = "torch"
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDispatch(Resolved):
-    """`Resolved` for the dispatch of tokens to experts."""
-
-    kernel: DispatchKernel = "all_to_all"
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedMamba(Resolved):
-    """`Resolved` for Mamba-2 layers."""
-
-    kernel: MambaKernel = "torch"
-
-
 def refuse(layer: str, kernel: str, obstacle: str) -> NoReturn:
     """Raise what becomes of a kernel that was asked for by name and cannot run."""
     raise UsageError(f"the {layer} backend {kernel} cannot run here: {obstacle}", hint='use backend="auto"')
 
 
-def resolve_experts(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    hidden: int,
-    width: int,
-    activation: GatedActivation | Ungated = SWIGLU,
-    *,
-    bias: bool = False,
-    divided: bool = False,
-) -> ResolvedExperts:
-    """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
-
-    Args:
-        divided: whether processes divide the experts; symmetric dispatch is part of the fused kernel.
-
-    Raises:
-        UsageError: a kernel was asked for by name and cannot run.
-    """
-
-    def fused() -> str | None:
-        return fused_obstacle(device, dtype, hidden, width, activation)
-
-    def sonic() -> str | None:
-        return sonic_obstacle(device, dtype, hidden, width, activation, bias=bias)
-
-    if backend.experts == "sonic":
-        if found := sonic():
-            refuse("experts", "sonic", found)
-        return ResolvedExperts("sonic")
-    if backend.experts == "te":
-        if found := te_obstacle(device, dtype) or alignment_obstacle("te", hidden, width):
-            refuse("experts", "te", found)
-        return ResolvedExperts("te", "asked for")
-    reason = ""
-    if backend.experts == "auto" and not divided and measured.sonic_wins(activation) and fused() is None:
-        if (found := sonic()) is None:
-            return ResolvedExperts("sonic")
-        reason = found
-    for kernel, obstacle in (
-        ("fused", fused),
-        ("grouped_mm", lambda: grouped_mm_obstacle(device, dtype, hidden, width)),
-    ):
-        if backend.experts not in ("auto", kernel):
-            reason = "asked for"
-            continue
-        found = obstacle()
-        if found is None:
-            return ResolvedExperts(kernel, reason)
-        if backend.experts == kernel:
-            refuse("experts", kernel, found)
-        reason = found
-    return ResolvedExperts("torch", reason)
-
-
-def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | None) -> ResolvedDispatch:
-    """How tokens reach experts on other processes.
-
-    Args:
-        experts: the kernel that multiplies; symmetric dispatch is part of the fused one.
-        obstacle: why the processes cannot read each other's memory, None where they can.
-
-    Raises:
-        UsageError: `symmetric` or `deepep` was asked for by name and cannot run.
-    """
-    if backend.dispatch == "all_to_all":
-        return ResolvedDispatch("all_to_all", "asked for")
-    if backend.dispatch == "deepep":
-        if experts not in WEIGHING:
-            refuse(
-                "dispatch",
-                "deepep",
-                "it adds up a token's rows where their experts are, which have to weight them, as "
-                f"{' and '.join(WEIGHING)} do, and these run {experts}",
-            )
-        return ResolvedDispatch("deepep")
-    if obstacle is None and experts != "fused":
-        obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
-    if obstacle is None:
-        return ResolvedDispatch("symmetric")
-    if backend.dispatch == "symmetric":
-        refuse("dispatch", "symmetric", obstacle)
-    return ResolvedDispatch("all_to_all", obstacle)
-
-
-def resolve_mamba(
-    backend: Backend, device: torch.device, dtype: torch.dtype, channels: int, width: int
-) -> ResolvedMamba:
-    """The kernels of Mamba-2 layers whose convolution has `channels` and a kernel of `width`.
-
-    Raises:
-        UsageError: `fused` was asked for by name and cannot run.
-    """
-    kernel, reason = _named_or_fastest(
-        "mamba", backend.mamba, "fused", lambda: fused_mamba_obstacle(device, dtype, channels, width)
-    )
-    return ResolvedMamba(kernel, reason)
-
-
-def _named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], str | None]) -> tuple[str, str]:
+def named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], str | None]) -> tuple[str, str]:
     """The kernel that runs, of `"torch"` and a faster one, and why not the faster one."""
     if asked == "torch":
         return "torch", "asked for"
@@ -279,17 +150,6 @@ def _named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], 
     if asked == fast:
         refuse(layer, fast, found)
     return "torch", found
-
-
-def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:
-    """What chooses among `experts` by softmax.
-
-    Raises:
-        UsageError: `fused` was asked for by name and cannot run.
-    """
-    return Resolved(
-        *_named_or_fastest("router", backend.router, "fused", lambda: fused_choice_obstacle(device, experts))
-    )
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:
@@ -325,35 +185,6 @@ def resolve_loss(backend: Backend, device: torch.device) -> Resolved:
     if backend.loss != "auto":
         return Resolved(backend.loss, "" if backend.loss == "fused" else "asked for")
     obstacle = fused_loss_obstacle(device)
-    return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDeltaRule(Resolved):
-    """`Resolved` for the gated delta rule."""
-
-    kernel: DeltaRuleKernel = "torch"
-
-
-def resolve_delta_rule(
-    backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool
-) -> ResolvedDeltaRule:
-    """The kernel of the gated delta rule for activations of `dtype`.
-
-    Raises:
-        UsageError: `fla` was asked for by name and cannot run.
-    """
-    kernel, reason = _named_or_fastest(
-        "linear attention", backend.linear_attention, "fla", lambda: fla_obstacle(device, dtype, training=training)
-    )
-    return ResolvedDeltaRule(kernel, reason)
-
-
-def resolve_short_conv(backend: Backend, device: torch.device) -> Resolved:
-    """The kernel of the convolution before the gated delta rule: `"fused"` or `"torch"`."""
-    if backend.linear_attention == "torch":
-        return Resolved("torch", "asked for")
-    obstacle = causal_conv1d_obstacle(device)
     return Resolved("fused") if obstacle is None else Resolved("torch", obstacle)
 
 

@@ -17,24 +17,13 @@ import transformers
 from automodel import fallback
 from automodel.attention_backends import resolve_sdpa, resolve_spans
 from automodel.auto import empty_model
-from automodel.backends import (
-    Backend,
-    BackendRow,
-    Resolved,
-    resolve_delta_rule,
-    resolve_dispatch,
-    resolve_experts,
-    resolve_layers,
-    resolve_loss,
-    resolve_mamba,
-    resolve_norm,
-    resolve_router,
-    resolve_short_conv,
-)
+from automodel.backends import Backend, BackendRow, Resolved, resolve_layers, resolve_loss, resolve_norm
+from automodel.expert_backends import resolve_dispatch, resolve_experts, resolve_router
 from automodel.kernels.packages import KERNEL_PACKAGES, recorded_misses
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.models.linear import resolve_linear
 from automodel.moe.peers import host_obstacle
+from automodel.scan_backends import resolve_delta_rule, resolve_mamba, resolve_short_conv
 from ckpt_tools.api.diagnosis import GpuReport, LayerReport, ModelReport, TrainingReport
 from ckpt_tools.core.errors import CkptError, UsageError
 from ckpt_tools.core.packages import install_command, look_for

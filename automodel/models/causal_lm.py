@@ -22,18 +22,13 @@ from automodel.backends import (
     BackendRow,
     Placement,
     Resolved,
-    ResolvedExperts,
     require_attention,
-    resolve_delta_rule,
-    resolve_experts,
     resolve_layers,
     resolve_loss,
-    resolve_mamba,
     resolve_norm,
-    resolve_router,
-    resolve_short_conv,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
+from automodel.expert_backends import ResolvedExperts, resolve_experts, resolve_router
 from automodel.kernels.activations import Gated
 from automodel.models.decoder import Decoder
 from automodel.models.delta_net import Decay
@@ -47,6 +42,7 @@ from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.experts import Experts
 from automodel.moe.router import TopKRouter, load_balancing_loss
 from automodel.parallel.fsdp import computation_dtype
+from automodel.scan_backends import resolve_delta_rule, resolve_mamba, resolve_short_conv
 from ckpt_tools.core.errors import UsageError
 
 _ATTENDING = ("full_attention", "sliding_attention")

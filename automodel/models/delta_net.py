@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend, resolve_delta_rule, resolve_short_conv
+from automodel.backends import Backend
 from automodel.compat import extend_conv_columns, load_recurrent_state, save_recurrent_state
 from automodel.kernels.delta_rule import DeltaRuleKernel, gated_delta_rule
 from automodel.kernels.short_conv import short_conv
@@ -25,6 +25,7 @@ from automodel.models.linear import Linear
 from automodel.models.norms import GatedRMSNorm
 from automodel.models.spec import DecoderSpec, DeltaNetSpec
 from automodel.precision import keep_float32
+from automodel.scan_backends import resolve_delta_rule, resolve_short_conv
 
 
 @dataclass(frozen=True, slots=True)

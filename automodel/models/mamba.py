@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from automodel.backends import Backend, resolve_mamba
+from automodel.backends import Backend
 from automodel.kernels.mamba import MambaKernel, causal_conv, state_space_scan
 from automodel.models.linear import Linear
 from automodel.models.spec import DecoderSpec, MambaSpec
 from automodel.precision import keep_float32
+from automodel.scan_backends import resolve_mamba
 
 
 @dataclass(frozen=True, slots=True)

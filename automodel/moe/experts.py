@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from automodel.backends import WEIGHING, Backend, ResolvedDispatch, resolve_dispatch, resolve_experts
+from automodel.backends import Backend
+from automodel.expert_backends import WEIGHING, ResolvedDispatch, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert

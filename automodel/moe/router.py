@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automodel.backends import Backend, resolve_router
+from automodel.backends import Backend
+from automodel.expert_backends import resolve_router
 from automodel.kernels.choice import choose_experts
 
 

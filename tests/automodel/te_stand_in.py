@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from automodel import attention_backends, backends
+from automodel import attention_backends, backends, expert_backends
 from automodel.kernels import measured, packages, te
 
 PATH = Path(__file__).parent / "stand_ins"
@@ -26,7 +26,7 @@ def te_on_cpus() -> Iterator[pytest.MonkeyPatch]:
         _forget()
         patch.syspath_prepend(PATH)
         patch.setattr(torch.backends.cudnn, "version", lambda: CUDNN)
-        for module in (te, backends):
+        for module in (te, backends, expert_backends):
             patch.setattr(module, "te_obstacle", lambda device, dtype: te.package_obstacle())  # noqa: ARG005
         patch.setattr(attention_backends, "_capability", lambda device: (9, 0))  # noqa: ARG005
         yield patch

@@ -8,20 +8,12 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from automodel.backends import (
-    Backend,
-    BackendReport,
-    BackendRow,
-    ResolvedExperts,
-    require_attention,
-    resolve_dispatch,
-    resolve_experts,
-    resolve_mamba,
-    resolve_norm,
-)
+from automodel.backends import Backend, BackendReport, BackendRow, require_attention, resolve_norm
+from automodel.expert_backends import ResolvedExperts, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import Ungated
 from automodel.kernels.packages import is_at_least
 from automodel.logging import log_once
+from automodel.scan_backends import resolve_mamba
 from ckpt_tools.core.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -82,15 +74,15 @@ def test_dispatch_is_symmetric_where_peers_and_kernel_allow_and_otherwise_says_w
 
 def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, squared = torch.device("cuda"), Ungated(ACT2FN["relu2"])
-    monkeypatch.setattr("automodel.backends.fused_obstacle", lambda *_: None)
-    monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: None)
+    monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
+    monkeypatch.setattr("automodel.expert_backends.sonic_obstacle", lambda *_, **__: None)
     assert resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64).kernel == "sonic"
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64) == ResolvedExperts("fused")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared) == ResolvedExperts("sonic")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared, divided=True) == ResolvedExperts("fused")
     named = resolve_experts(Backend(experts="fused"), cuda, torch.bfloat16, 64, 64, squared)
     assert named == ResolvedExperts("fused")
-    monkeypatch.setattr("automodel.backends.sonic_obstacle", lambda *_, **__: "it is Tuesday")
+    monkeypatch.setattr("automodel.expert_backends.sonic_obstacle", lambda *_, **__: "it is Tuesday")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64).reason == ""
     without = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared)
     assert without == ResolvedExperts("fused", "it is Tuesday")

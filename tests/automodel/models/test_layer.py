@@ -51,8 +51,8 @@ def scan_by_stand_ins(patch: pytest.MonkeyPatch) -> None:
     }
     for (module, name), stand_in in stand_ins.items():
         patch.setattr(module, name, torch.compiler.disable(stand_in))
-    patch.setattr("automodel.backends.fused_mamba_obstacle", lambda *_: None)
-    patch.setattr("automodel.backends.fla_obstacle", lambda *_, **__: None)
+    patch.setattr("automodel.scan_backends.fused_mamba_obstacle", lambda *_: None)
+    patch.setattr("automodel.scan_backends.fla_obstacle", lambda *_, **__: None)
 
 
 def model(name: str, how: str) -> NativeCausalLM:

@@ -10,7 +10,8 @@ from torch import nn
 
 from automodel import NeMoAutoModelForCausalLM
 from automodel.attention_backends import resolve_sdpa, resolve_spans
-from automodel.backends import Backend, resolve_experts, resolve_norm
+from automodel.backends import Backend, resolve_norm
+from automodel.expert_backends import resolve_experts
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.models.deepseek_v3 import NeMoDeepseekV3ForCausalLM
 from automodel.models.linear import Linear, resolve_linear

@@ -99,15 +99,15 @@ def test_models_train_through_it_and_with_either_kind_of_experts_as_with_collect
     pytest.importorskip("triton")
 
     def step(backend: dict[str, str]) -> tuple[float, list[Tensor], dict[str, str]]:
-        from automodel import backends
+        from automodel import expert_backends
         from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
         from automodel.parallel import expert
         from automodel.parallel.fsdp import parallelize
         from automodel.parallel.mesh import MeshConfig
         from tests.automodel.tiny import batch, moe_config
 
-        backends.fused_obstacle = lambda *_: None
-        backends.sonic_obstacle = lambda *_, **__: None
+        expert_backends.fused_obstacle = lambda *_: None
+        expert_backends.sonic_obstacle = lambda *_, **__: None
         expert.open_buffer = lambda group, *_: Buffer(group)
         torch.manual_seed(0)
         model = NeMoQwen3MoeForCausalLM(moe_config(), {"layers": "eager", **backend}).train()

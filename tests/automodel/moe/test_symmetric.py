@@ -182,7 +182,7 @@ def test_half_precision_is_rounded_once_a_process() -> None:
 
 def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> None:
     def step(directory: str, dispatch: str) -> tuple[float, list[Tensor], str]:
-        from automodel import backends
+        from automodel import expert_backends
         from automodel.models import layer
         from automodel.models.qwen3_moe import NeMoQwen3MoeForCausalLM
         from automodel.parallel import expert
@@ -190,7 +190,7 @@ def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> No
         from automodel.parallel.mesh import MeshConfig
         from tests.automodel.tiny import batch, moe_config
 
-        backends.fused_obstacle = lambda *_: None
+        expert_backends.fused_obstacle = lambda *_: None
         expert.open_peers = lambda *_: FilePeers(directory)
         layer._compiled = lambda kind: torch.compile(kind._run, backend="eager")
         torch.manual_seed(0)

@@ -1,0 +1,117 @@
+"""Which kernels route tokens to experts, carry them there, and multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from automodel.backends import Backend, DispatchKernel, Resolved, named_or_fastest, refuse
+from automodel.kernels import measured
+from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
+from automodel.kernels.choice import fused_choice_obstacle
+from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
+from automodel.kernels.sonic import sonic_obstacle
+from automodel.kernels.te import alignment_obstacle, te_obstacle
+
+WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
+"""Experts that apply the routing weights themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedExperts(Resolved):
+    """`Resolved` for experts."""
+
+    kernel: ExpertsKernel = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDispatch(Resolved):
+    """`Resolved` for the dispatch of tokens to experts."""
+
+    kernel: DispatchKernel = "all_to_all"
+
+
+def resolve_experts(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    width: int,
+    activation: GatedActivation | Ungated = SWIGLU,
+    *,
+    bias: bool = False,
+    divided: bool = False,
+) -> ResolvedExperts:
+    """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
+
+    Args:
+        divided: whether processes divide the experts; symmetric dispatch is part of the fused kernel.
+
+    Raises:
+        UsageError: a kernel was asked for by name and cannot run.
+    """
+
+    obstacles: dict[ExpertsKernel, Callable[[], str | None]] = {
+        "te": lambda: te_obstacle(device, dtype) or alignment_obstacle("te", hidden, width),
+        "sonic": lambda: sonic_obstacle(device, dtype, hidden, width, activation, bias=bias),
+        "fused": lambda: fused_obstacle(device, dtype, hidden, width, activation),
+        "grouped_mm": lambda: grouped_mm_obstacle(device, dtype, hidden, width),
+        "torch": lambda: None,
+    }
+    if backend.experts != "auto":
+        if found := obstacles[backend.experts]():
+            refuse("experts", backend.experts, found)
+        return ResolvedExperts(backend.experts, "" if backend.experts in WEIGHING else "asked for")
+    wanted: list[ExpertsKernel] = ["fused", "grouped_mm"]
+    if not divided and measured.sonic_wins(activation) and obstacles["fused"]() is None:
+        wanted.insert(0, "sonic")
+    reason = ""
+    for kernel in wanted:
+        found = obstacles[kernel]()
+        if found is None:
+            return ResolvedExperts(kernel, reason)
+        reason = found
+    return ResolvedExperts("torch", reason)
+
+
+def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | None) -> ResolvedDispatch:
+    """How tokens reach experts on other processes.
+
+    Args:
+        experts: the kernel that multiplies; symmetric dispatch is part of the fused one.
+        obstacle: why the processes cannot read each other's memory, None where they can.
+
+    Raises:
+        UsageError: `symmetric` or `deepep` was asked for by name and cannot run.
+    """
+    if backend.dispatch == "all_to_all":
+        return ResolvedDispatch("all_to_all", "asked for")
+    if backend.dispatch == "deepep":
+        if experts not in WEIGHING:
+            refuse(
+                "dispatch",
+                "deepep",
+                "it adds up a token's rows where their experts are, which have to weight them, as "
+                f"{' and '.join(WEIGHING)} do, and these run {experts}",
+            )
+        return ResolvedDispatch("deepep")
+    if obstacle is None and experts != "fused":
+        obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
+    if obstacle is None:
+        return ResolvedDispatch("symmetric")
+    if backend.dispatch == "symmetric":
+        refuse("dispatch", "symmetric", obstacle)
+    return ResolvedDispatch("all_to_all", obstacle)
+
+
+def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:
+    """What chooses among `experts` by softmax.
+
+    Raises:
+        UsageError: `fused` was asked for by name and cannot run.
+    """
+    return Resolved(
+        *named_or_fastest("router", backend.router, "fused", lambda: fused_choice_obstacle(device, experts))
+    )
