@@ -12,7 +12,7 @@ from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.choice import fused_choice_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
-from automodel.kernels.sonic import sonic_obstacle
+from automodel.kernels.sonic import products_obstacle, sonic_obstacle
 from automodel.kernels.te import alignment_obstacle, te_obstacle
 
 WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
@@ -71,6 +71,9 @@ def resolve_experts(
     for kernel in wanted:
         found = obstacles[kernel]()
         if found is None:
+            if kernel == "fused" and not (reason or divided):
+                slower = products_obstacle(device, dtype, hidden, width)
+                reason = f"torch's products compute the gradients of the weights: {slower}" if slower else ""
             return ResolvedExperts(kernel, reason)
         reason = found
     return ResolvedExperts("torch", reason)

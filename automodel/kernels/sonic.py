@@ -43,10 +43,10 @@ def products_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, wid
     """Why QuACK's products cannot run on rows of these sizes, or None when they can."""
     if device.type != "cuda":
         return "the SonicMoE kernels need CUDA"
-    if not is_installed("triton") or not is_at_least("quack-kernels", 0, 6):
-        return "the SonicMoE kernels need triton and quack-kernels 0.6, which are not both installed"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "the SonicMoE kernels need compute capability 9.0"
+    if not (is_installed("triton") and is_installed("quack") and is_at_least("quack-kernels", 0, 6)):
+        return "the SonicMoE kernels need triton and quack-kernels 0.6, which are not both installed"
     if dtype != torch.bfloat16:
         return f"the SonicMoE kernels run in bfloat16, not {str(dtype).removeprefix('torch.')}"
     return rows_obstacle("SonicMoE", dtype, hidden, width)

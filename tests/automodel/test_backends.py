@@ -76,6 +76,7 @@ def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(mo
     cuda, squared = torch.device("cuda"), Ungated(ACT2FN["relu2"])
     monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
     monkeypatch.setattr("automodel.expert_backends.sonic_obstacle", lambda *_, **__: None)
+    monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: None)
     assert resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64).kernel == "sonic"
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64) == ResolvedExperts("fused")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared) == ResolvedExperts("sonic")
@@ -88,6 +89,18 @@ def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(mo
     assert without == ResolvedExperts("fused", "it is Tuesday")
     with pytest.raises(UsageError, match="sonic cannot run here: it is Tuesday"):
         resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64)
+
+
+def test_fused_experts_say_which_products_compute_the_gradients_of_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
+    monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: "it is Tuesday")
+    found = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64)
+    assert found == ResolvedExperts("fused", "torch's products compute the gradients of the weights: it is Tuesday")
+    # Rows that come from other processes come sorted: there is nothing to gather.
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, divided=True) == ResolvedExperts("fused")
 
 
 def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows() -> None:

@@ -64,7 +64,7 @@ def measured() -> Iterator[Any]:
                 or (family, kind) == ("gpt_oss", "transformers")
             ):
                 continue
-            step = Step(row["micro_batch"], made["sequence"], bool(row.get("checkpointing")), kind)
+            step = Step(row["micro_batch"], made["sequence"], row.get("checkpointing") or False, kind)
             mesh = ShardingMesh(made["gpus"] // row.get("ep", made["gpus"]), row.get("ep", made["gpus"]))
             name = f"{path.stem} {row['implementation']} {step.batch}"
             # What `training_memory.PEERS_KEEP` of the benchmarks says; ours keep what `parallelize` does.

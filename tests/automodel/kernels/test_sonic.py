@@ -128,7 +128,8 @@ def test_few_shapes_are_met_however_many_rows_come(products: Products | None) ->
     ],
 )
 def test_what_it_cannot_run_it_says(changed: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("automodel.kernels.sonic.is_at_least", lambda *_: True)
+    for name in ("is_installed", "is_at_least"):
+        monkeypatch.setattr(f"automodel.kernels.sonic.{name}", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "hidden": 64, "width": 64, "activation": SWIGLU}
     assert sonic_obstacle(**asked) is None
