@@ -242,7 +242,8 @@ def _time(arguments: argparse.Namespace, trainee: Trainee, size: int) -> dict[st
     if arguments.profile and rank == 0 and cuda:
         row["kernels"] = training_profile.profile(trainee.step, batch(), _synchronize)
     elif arguments.profile:
-        trainee.step(batch())
+        for _ in range(training_profile.STEPS):
+            trainee.step(batch())
     return row
 
 

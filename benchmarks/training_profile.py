@@ -29,6 +29,9 @@ OTHER = "other"
 _NO_KERNELS = ("Optimizer.", "nccl:", "FSDP::", "ProfilerStep", "## ")
 """Annotations cover kernels that are listed themselves."""
 
+STEPS = 2
+"""That `profile` takes; other processes take as many meanwhile."""
+
 Interval = tuple[float, float]
 
 
@@ -56,7 +59,8 @@ def exposed(communication: Iterable[Interval], computation: Iterable[Interval]) 
 
 
 def profile(step: Callable[..., Any], ids: Any, synchronize: Callable[[], None]) -> dict[str, Any]:
-    """One step under torch's profiler: milliseconds by kind of kernel, and of the kernels that take longest.
+    """The second of two steps in a row under torch's profiler: milliseconds by kind of kernel, and of the kernels that
+    take longest.
 
     `exposed_communication` is the time in which a kernel of NCCL or of the exchange through symmetric memory runs, its
     waiting for other processes included, and no other kernel; `idle` is that in which none runs, and `gaps` its longest
@@ -69,7 +73,8 @@ def profile(step: Callable[..., Any], ids: Any, synchronize: Callable[[], None])
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         synchronize()
         begun = time.perf_counter()
-        step(ids)
+        for _ in range(STEPS):
+            step(ids)
         synchronize()
         elapsed = time.perf_counter() - begun
     kernels = [
@@ -79,11 +84,18 @@ def profile(step: Callable[..., Any], ids: Any, synchronize: Callable[[], None])
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith(_NO_KERNELS)
     ]
-    return {"milliseconds_under_profiler": round(elapsed * 1e3, 2), **summary(kernels)}
+    return {"milliseconds_under_profiler": round(elapsed / STEPS * 1e3, 2), **summary(*second_half(kernels))}
 
 
-def summary(kernels: Sequence[tuple[str, Interval]]) -> dict[str, Any]:
-    """What `profile` says of kernels: (name, begin and end in microseconds)."""
+def second_half(kernels: Iterable[tuple[str, Interval]]) -> tuple[list[tuple[str, Interval]], float | None]:
+    """The later half of kernels, which is that of the second of two alike steps, and when the earlier half ended."""
+    ordered = sorted(kernels, key=lambda kernel: kernel[1])
+    half = len(ordered) // 2
+    return ordered[half:], max((end for _, (_, end) in ordered[:half]), default=None)
+
+
+def summary(kernels: Sequence[tuple[str, Interval]], since: float | None = None) -> dict[str, Any]:
+    """What `profile` says of kernels, (name, begin and end in microseconds), after the moment `since`."""
     shares = dict.fromkeys([*KINDS, OTHER], 0.0)
     totals: dict[str, list[float]] = {}
     sides: dict[bool, list[Interval]] = {True: [], False: []}
@@ -95,26 +107,25 @@ def summary(kernels: Sequence[tuple[str, Interval]]) -> dict[str, Any]:
         total[0] += milliseconds
         total[1] += 1
         sides[kind == COMMUNICATION].append((begin, end))
-    everything = merged([*sides[True], *sides[False]])
-    span = everything[-1][1] - everything[0][0] if everything else 0.0
     ordered = sorted(kernels, key=lambda kernel: kernel[1])
+    gaps = _gaps(ordered, since if since is not None else ordered[0][1][0] if ordered else 0.0)
     longest = sorted(totals.items(), key=lambda item: -item[1][0])[:45]
     return {
         "milliseconds_by_kind": {kind: round(value, 2) for kind, value in shares.items()},
         "exposed_communication": round(exposed(sides[True], sides[False]) / 1e3, 2),
-        "idle": round((span - _length(everything)) / 1e3, 2),
-        "gaps": _gaps(ordered)[:12],
+        "idle": round(sum(gap for gap, *_ in gaps), 2),
+        "gaps": [[round(gap, 3), before[:60], after[:60]] for gap, before, after in gaps[:12]],
         "top": [[name[:90], round(total, 3), int(count)] for name, (total, count) in longest],
     }
 
 
-def _gaps(kernels: Sequence[tuple[str, Interval]]) -> list[list[Any]]:
+def _gaps(kernels: Sequence[tuple[str, Interval]], since: float) -> list[tuple[float, str, str]]:
     """[milliseconds in which nothing ran, the kernel before, the one after], the longest first; of kernels in order."""
     found = []
-    last, until = "", kernels[0][1][0] if kernels else 0.0
+    last, until = "", since
     for name, (begin, end) in kernels:
         if begin > until:
-            found.append([round((begin - until) / 1e3, 3), last[:60], name[:60]])
+            found.append(((begin - until) / 1e3, last, name))
         if end > until:
             last, until = name, end
     return sorted(found, key=lambda gap: -gap[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training_profile import exposed, merged, summary
+from benchmarks.training_profile import exposed, merged, second_half, summary
 
 ROOT = Path(__file__).parents[1]
 needs_grouped_mm = pytest.mark.skipif(
@@ -82,3 +82,13 @@ def test_a_profile_tells_kinds_of_kernels_apart() -> None:
     kinds = {kind: value for kind, value in found["milliseconds_by_kind"].items() if value}
     assert kinds == {"communication": 2.0, "dense products": 1.0, "norms, rope, residuals": 0.5}
     assert found["top"][0] == ["ncclDevKernel_AllGather_RING_LL", 1.5, 1]
+
+
+def test_the_second_of_two_steps_is_profiled_with_the_wait_before_it() -> None:
+    step = [("nvjet_a", (0.0, 1000.0)), ("_adamw", (1000.0, 2000.0))]
+    again = [(name, (begin + 2500, end + 2500)) for name, (begin, end) in step]
+    kernels, since = second_half([*again, *step])
+    assert (kernels, since) == (again, 2000.0)
+    found = summary(kernels, since)
+    assert (found["idle"], found["gaps"]) == (0.5, [[0.5, "", "nvjet_a"]])
+    assert second_half([]) == ([], None)
