@@ -149,6 +149,59 @@ def training(document: Document) -> str:
     return "\n".join([*lines, *(["", *plots] if plots else [])]) + "\n"
 
 
+def summary() -> str:
+    """One line for each size that this project and another one were timed at."""
+    peers = {
+        "grouped_mm": ("transformers",),
+        "compiled": ("transformers-compiled", "transformers-flex-compiled"),
+        "NeMo AutoModel": ("nemo",),
+        "Liger": ("liger",),
+    }
+    titles = (
+        "",
+        "GPUs",
+        "tokens",
+        "steps",
+        "micro-batch",
+        "tokens/s/GPU",
+        *(f"x {name}" for name in peers),
+        "GiB",
+        "grouped_mm's",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for run in training_runs():
+        made, rows = run["configuration"], [row for row in run["rows"] if "error" not in row]
+        ours = [row for row in rows if row["implementation"] == "ours" and not row.get("checkpointing")]
+        sizes = {row["micro_batch"] for row in ours}
+        for mine in sorted(ours, key=lambda row: row["micro_batch"]):
+            beside = [
+                _beside(mine, sizes, [r for r in rows if r["implementation"] in kinds]) for kinds in peers.values()
+            ]
+            if not any(beside):
+                continue
+            where = made["case"], made["gpus"], tokens(made), "in a row" if in_a_row(made) else "one by one"
+            speed = mine["micro_batch"], f"{mine['tokens_per_second_per_gpu']:,}"
+            memory = mine["peak_gib"], beside[0]["peak_gib"] if beside[0] else ""
+            cells = *where, *speed, *(_ratio(mine, other) for other in beside), *memory
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _beside(mine: Document, sizes: set[int], others: list[Document]) -> Document | None:
+    """The fastest row of the same size; without one, of those sizes that were chosen for the other's sake."""
+    same = [row for row in others if row["micro_batch"] == mine["micro_batch"]]
+    chosen = [row for row in others if row["micro_batch"] not in sizes]
+    return max(same or chosen, key=lambda row: row["tokens_per_second_per_gpu"], default=None)
+
+
+def _ratio(mine: Document, other: Document | None) -> str:
+    if other is None:
+        return ""
+    ratio = mine["tokens_per_second_per_gpu"] / other["tokens_per_second_per_gpu"]
+    differs = other["micro_batch"] != mine["micro_batch"]
+    return f"{ratio:.2f}" + (f" (at {other['micro_batch']})" if differs else "")
+
+
 def compared(rows: list[Document]) -> list[int]:
     """Micro-batch sizes that several rows were timed at."""
     counts = Counter(row["micro_batch"] for row in rows)
@@ -304,6 +357,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "peers": lambda: peers(_read("checkpoints-peers-warm.json"), _read("checkpoints-peers-cold.json")),
     "sharing": lambda: sharing(_read("sharing.json")),
     "planning": lambda: planning(_read("planning.json")),
+    "summary": summary,
     "gpu": gpu,
 }
 """What stands between the markers of each name."""
