@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performance_tables import compared, plot_name, title, tokens, training_runs
+from training_tables import compared, plot_name, title, tokens, training_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
