@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Generic, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 import torch
 
@@ -39,6 +39,7 @@ LayersChoice = Literal["auto", "eager", "compiled"]
 LossChoice = Literal["auto", "torch", "fused"]
 AttentionKernel = Literal["sdpa", "eager"]
 ATTENTION_KERNELS: tuple[str, ...] = get_args(AttentionKernel)
+Kernel = TypeVar("Kernel", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +129,10 @@ _EVERYWHERE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(Generic[Kernel]):
     """The kernel that runs, and why a faster one does not (empty when it is the fastest)."""
 
-    kernel: str
+    kernel: Kernel
     reason: str = ""
 
 
@@ -140,16 +141,20 @@ def refuse(layer: str, kernel: str, obstacle: str) -> NoReturn:
     raise UsageError(f"the {layer} backend {kernel} cannot run here: {obstacle}", hint='use backend="auto"')
 
 
-def named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], str | None]) -> tuple[str, str]:
-    """The kernel that runs, of `"torch"` and a faster one, and why not the faster one."""
+def named_or_fastest(layer: str, asked: str, fast: str, obstacle: Callable[[], str | None]) -> Resolved:
+    """What runs, of `"torch"` and a faster kernel.
+
+    Raises:
+        UsageError: the faster one was asked for by name and cannot run.
+    """
     if asked == "torch":
-        return "torch", "asked for"
+        return Resolved("torch", "asked for")
     found = obstacle()
     if found is None:
-        return fast, ""
+        return Resolved(fast)
     if asked == fast:
         refuse(layer, fast, found)
-    return "torch", found
+    return Resolved("torch", found)
 
 
 def resolve_norm(backend: Backend, device: torch.device, dtype: torch.dtype) -> Resolved:

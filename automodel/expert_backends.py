@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -19,20 +18,6 @@ WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
 """Experts that apply the routing weights themselves."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedExperts(Resolved):
-    """`Resolved` for experts."""
-
-    kernel: ExpertsKernel = "torch"
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDispatch(Resolved):
-    """`Resolved` for the dispatch of tokens to experts."""
-
-    kernel: DispatchKernel = "all_to_all"
-
-
 def resolve_experts(
     backend: Backend,
     device: torch.device,
@@ -43,7 +28,7 @@ def resolve_experts(
     *,
     bias: bool = False,
     divided: bool = False,
-) -> ResolvedExperts:
+) -> Resolved[ExpertsKernel]:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
     Args:
@@ -52,7 +37,6 @@ def resolve_experts(
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
     """
-
     obstacles: dict[ExpertsKernel, Callable[[], str | None]] = {
         "te": lambda: te_obstacle(device, dtype) or alignment_obstacle("te", hidden, width),
         "sonic": lambda: sonic_obstacle(device, dtype, hidden, width, activation, bias=bias),
@@ -63,7 +47,7 @@ def resolve_experts(
     if backend.experts != "auto":
         if found := obstacles[backend.experts]():
             refuse("experts", backend.experts, found)
-        return ResolvedExperts(backend.experts, "" if backend.experts in WEIGHING else "asked for")
+        return Resolved(backend.experts, "" if backend.experts in WEIGHING else "asked for")
     wanted: list[ExpertsKernel] = ["fused", "grouped_mm"]
     if not divided and measured.sonic_wins(activation) and obstacles["fused"]() is None:
         wanted.insert(0, "sonic")
@@ -74,12 +58,12 @@ def resolve_experts(
             if kernel == "fused" and not (reason or divided):
                 slower = products_obstacle(device, dtype, hidden, width)
                 reason = f"torch's products compute the gradients of the weights: {slower}" if slower else ""
-            return ResolvedExperts(kernel, reason)
+            return Resolved(kernel, reason)
         reason = found
-    return ResolvedExperts("torch", reason)
+    return Resolved("torch", reason)
 
 
-def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | None) -> ResolvedDispatch:
+def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | None) -> Resolved[DispatchKernel]:
     """How tokens reach experts on other processes.
 
     Args:
@@ -90,7 +74,7 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
         UsageError: `symmetric` or `deepep` was asked for by name and cannot run.
     """
     if backend.dispatch == "all_to_all":
-        return ResolvedDispatch("all_to_all", "asked for")
+        return Resolved("all_to_all", "asked for")
     if backend.dispatch == "deepep":
         if experts not in WEIGHING:
             refuse(
@@ -99,14 +83,14 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
                 "it adds up a token's rows where their experts are, which have to weight them, as "
                 f"{' and '.join(WEIGHING)} do, and these run {experts}",
             )
-        return ResolvedDispatch("deepep")
+        return Resolved("deepep")
     if obstacle is None and experts != "fused":
         obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
     if obstacle is None:
-        return ResolvedDispatch("symmetric")
+        return Resolved("symmetric")
     if backend.dispatch == "symmetric":
         refuse("dispatch", "symmetric", obstacle)
-    return ResolvedDispatch("all_to_all", obstacle)
+    return Resolved("all_to_all", obstacle)
 
 
 def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:
@@ -115,6 +99,4 @@ def resolve_router(backend: Backend, device: torch.device, experts: int) -> Reso
     Raises:
         UsageError: `fused` was asked for by name and cannot run.
     """
-    return Resolved(
-        *named_or_fastest("router", backend.router, "fused", lambda: fused_choice_obstacle(device, experts))
-    )
+    return named_or_fastest("router", backend.router, "fused", lambda: fused_choice_obstacle(device, experts))

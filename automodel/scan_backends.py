@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from automodel.backends import Backend, Resolved, named_or_fastest
@@ -12,46 +10,30 @@ from automodel.kernels.mamba import MambaKernel, fused_mamba_obstacle
 from automodel.kernels.short_conv import causal_conv1d_obstacle
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedMamba(Resolved):
-    """`Resolved` for Mamba-2 layers."""
-
-    kernel: MambaKernel = "torch"
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDeltaRule(Resolved):
-    """`Resolved` for the gated delta rule."""
-
-    kernel: DeltaRuleKernel = "torch"
-
-
 def resolve_mamba(
     backend: Backend, device: torch.device, dtype: torch.dtype, channels: int, width: int
-) -> ResolvedMamba:
+) -> Resolved[MambaKernel]:
     """The kernels of Mamba-2 layers whose convolution has `channels` and a kernel of `width`.
 
     Raises:
         UsageError: `fused` was asked for by name and cannot run.
     """
-    kernel, reason = named_or_fastest(
+    return named_or_fastest(
         "mamba", backend.mamba, "fused", lambda: fused_mamba_obstacle(device, dtype, channels, width)
     )
-    return ResolvedMamba(kernel, reason)
 
 
 def resolve_delta_rule(
     backend: Backend, device: torch.device, dtype: torch.dtype, *, training: bool
-) -> ResolvedDeltaRule:
+) -> Resolved[DeltaRuleKernel]:
     """The kernel of the gated delta rule for activations of `dtype`.
 
     Raises:
         UsageError: `fla` was asked for by name and cannot run.
     """
-    kernel, reason = named_or_fastest(
+    return named_or_fastest(
         "linear attention", backend.linear_attention, "fla", lambda: fla_obstacle(device, dtype, training=training)
     )
-    return ResolvedDeltaRule(kernel, reason)
 
 
 def resolve_short_conv(backend: Backend, device: torch.device) -> Resolved:

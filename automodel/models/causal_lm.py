@@ -28,8 +28,9 @@ from automodel.backends import (
     resolve_norm,
 )
 from automodel.compat import PreTrainedConfig, tied_weights_keys
-from automodel.expert_backends import ResolvedExperts, resolve_experts, resolve_router
+from automodel.expert_backends import resolve_experts, resolve_router
 from automodel.kernels.activations import Gated
+from automodel.kernels.experts import ExpertsKernel
 from automodel.models.decoder import Decoder
 from automodel.models.delta_net import Decay
 from automodel.models.head import LanguageModelHead, can_skip_logits, loss_without_logits
@@ -274,7 +275,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("mamba", scans, scan.kernel, scan.reason))
         return BackendReport(tuple(rows))
 
-    def _experts_kernel(self, moe: MoeSpec, weight: Placement, *, divided: bool) -> ResolvedExperts:
+    def _experts_kernel(self, moe: MoeSpec, weight: Placement, *, divided: bool) -> Resolved[ExpertsKernel]:
         activation = moe.activation or Gated(self.spec.activation)
         hidden = moe.latent_size or self.spec.hidden_size
         return resolve_experts(self.backend, *weight, hidden, moe.width, activation, bias=moe.bias, divided=divided)

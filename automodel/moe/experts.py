@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from automodel.backends import Backend
-from automodel.expert_backends import WEIGHING, ResolvedDispatch, resolve_dispatch, resolve_experts
+from automodel.backends import Backend, DispatchKernel, Resolved
+from automodel.expert_backends import WEIGHING, resolve_dispatch, resolve_experts
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.experts import ExpertsKernel, expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
@@ -115,7 +115,7 @@ class Experts(nn.Module):
         rows_MD, _, counts, state = dispatcher.dispatch(x_ND, expert_index_NK)
         return dispatcher.combine(self._multiply(rows_MD, counts, kernel), weight_NK, state)
 
-    def resolve_dispatch(self, kernel: ExpertsKernel) -> ResolvedDispatch:
+    def resolve_dispatch(self, kernel: ExpertsKernel) -> Resolved[DispatchKernel]:
         """How tokens reach the experts' processes, where there is a dispatcher and `kernel` multiplies."""
         return resolve_dispatch(self.backend, kernel, self.peers if isinstance(self.peers, str) else None)
 

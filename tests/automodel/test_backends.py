@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from automodel.backends import Backend, BackendReport, BackendRow, require_attention, resolve_norm
-from automodel.expert_backends import ResolvedExperts, resolve_dispatch, resolve_experts
+from automodel.backends import Backend, BackendReport, BackendRow, Resolved, require_attention, resolve_norm
+from automodel.expert_backends import resolve_dispatch, resolve_experts
 from automodel.kernels.activations import Ungated
 from automodel.kernels.packages import is_at_least
 from automodel.logging import log_once
@@ -78,15 +78,15 @@ def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(mo
     monkeypatch.setattr("automodel.expert_backends.sonic_obstacle", lambda *_, **__: None)
     monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: None)
     assert resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64).kernel == "sonic"
-    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64) == ResolvedExperts("fused")
-    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared) == ResolvedExperts("sonic")
-    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared, divided=True) == ResolvedExperts("fused")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64) == Resolved("fused")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared) == Resolved("sonic")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared, divided=True) == Resolved("fused")
     named = resolve_experts(Backend(experts="fused"), cuda, torch.bfloat16, 64, 64, squared)
-    assert named == ResolvedExperts("fused")
+    assert named == Resolved("fused")
     monkeypatch.setattr("automodel.expert_backends.sonic_obstacle", lambda *_, **__: "it is Tuesday")
     assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64).reason == ""
     without = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, squared)
-    assert without == ResolvedExperts("fused", "it is Tuesday")
+    assert without == Resolved("fused", "it is Tuesday")
     with pytest.raises(UsageError, match="sonic cannot run here: it is Tuesday"):
         resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64)
 
@@ -98,9 +98,9 @@ def test_fused_experts_say_which_products_compute_the_gradients_of_their_weights
     monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
     monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: "it is Tuesday")
     found = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64)
-    assert found == ResolvedExperts("fused", "torch's products compute the gradients of the weights: it is Tuesday")
+    assert found == Resolved("fused", "torch's products compute the gradients of the weights: it is Tuesday")
     # Rows that come from other processes come sorted: there is nothing to gather.
-    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, divided=True) == ResolvedExperts("fused")
+    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, divided=True) == Resolved("fused")
 
 
 def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows() -> None:
