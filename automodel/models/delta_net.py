@@ -24,7 +24,7 @@ from automodel.kernels.short_conv import short_conv
 from automodel.models.linear import Linear
 from automodel.models.norms import GatedRMSNorm
 from automodel.models.spec import DecoderSpec, DeltaNetSpec
-from automodel.precision import keep_float32
+from automodel.precision import keep_float32, uncompiled
 from automodel.scan_backends import resolve_delta_rule, resolve_short_conv
 
 
@@ -131,7 +131,7 @@ class GatedDeltaNet(nn.Module):
             query_BSHK,
             key_BSHK,
             value_BSHV,
-            self._decays(a_BSH),
+            uncompiled(self.decay, a_BSH),
             beta_BSH,
             self._kernel(x_BSD.device, x_BSD.dtype),
             state_BHKV=state,
@@ -147,11 +147,6 @@ class GatedDeltaNet(nn.Module):
 
     def _kernel(self, device: torch.device, dtype: torch.dtype) -> DeltaRuleKernel:
         return resolve_delta_rule(self.backend, device, dtype, training=self.training).kernel
-
-    @torch.compiler.disable
-    def _decays(self, a_BSH: torch.Tensor) -> torch.Tensor:
-        # FSDP2 gathers what this holds by hooks of its own.
-        return self.decay(a_BSH)
 
     def _project(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries and keys [B, S, G, K], values and gates [B, S, H, V], and beta and a [B, S, H]."""

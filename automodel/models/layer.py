@@ -89,16 +89,8 @@ class Layer(GradientCheckpointingLayer):
         """The mixer of a layer of linear attention."""
         raise NotImplementedError
 
-    def _run(
-        self,
-        x_BSD: torch.Tensor,
-        cos_BSd: torch.Tensor | None,
-        sin_BSd: torch.Tensor | None,
-        mask: Any,
-        kernel: str,
-        past_key_values: Cache | None,
-        cache_position: torch.Tensor | None,
-    ) -> LayerOutput:
+    def _run(self, *inputs: Any) -> LayerOutput:
+        """The layer, of what `forward` is given."""
         raise NotImplementedError
 
 

@@ -19,7 +19,7 @@ from automodel.backends import Backend
 from automodel.kernels.mamba import MambaKernel, causal_conv, state_space_scan
 from automodel.models.linear import Linear
 from automodel.models.spec import DecoderSpec, MambaSpec
-from automodel.precision import keep_float32
+from automodel.precision import keep_float32, uncompiled
 from automodel.scan_backends import resolve_mamba
 
 
@@ -134,7 +134,7 @@ class Mamba2(nn.Module):
 
         rates = mamba.groups * mamba.state_size
         x_BSI, in_BSr, out_BSr = x_BSC.split((mamba.inner, rates, rates), dim=-1)
-        step_BSH, A_H, D_H = self._steps(step_BSH)
+        step_BSH, A_H, D_H = uncompiled(self.ssm, step_BSH)
         y_BSHP, state = state_space_scan(
             x_BSI.unflatten(-1, (mamba.num_heads, mamba.head_dim)),
             step_BSH,
@@ -157,11 +157,6 @@ class Mamba2(nn.Module):
 
     def _kernel(self, device: torch.device, dtype: torch.dtype) -> MambaKernel:
         return resolve_mamba(self.backend, device, dtype, self.mamba.convolved, self.mamba.conv_kernel).kernel
-
-    @torch.compiler.disable
-    def _steps(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # FSDP2 gathers what this holds by hooks of its own.
-        return self.ssm(x_BSH)
 
     def _with_past(self, x_BSC: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The convolution's inputs after those that the cache holds, which then holds the last of them."""

@@ -15,6 +15,7 @@ from automodel.models.spec import DecoderSpec, MoeSpec
 from automodel.moe.experts import Experts
 from automodel.moe.group_router import GroupLimitedRouter
 from automodel.moe.router import TopKRouter
+from automodel.precision import uncompiled
 
 
 class GatedMLP(nn.Module):
@@ -71,7 +72,7 @@ class MoeMLP(nn.Module):
         if self.training and self.jitter > 0:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
         apart = getattr(self.gate, "keeps_float32", False)
-        logits_NE, weight_NK, index_NK = self._route_apart(x_ND) if apart else self.gate(x_ND)
+        logits_NE, weight_NK, index_NK = uncompiled(self.gate, x_ND) if apart else self.gate(x_ND)
         if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
             output_ND = self.experts(x_ND, index_NK, weight_NK)
         else:
@@ -83,11 +84,6 @@ class MoeMLP(nn.Module):
                 shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
             output_BSD = output_BSD + shared_BSD
         return output_BSD, logits_NE
-
-    @torch.compiler.disable
-    def _route_apart(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # FSDP2 gathers a router in FP32 by hooks of its own.
-        return self.gate(x_ND)
 
 
 def _router(hidden_size: int, moe: MoeSpec, backend: Backend) -> TopKRouter | GroupLimitedRouter:
