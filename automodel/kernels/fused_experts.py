@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels import triton_rows
 from automodel.kernels.experts import expert_of_row, grouped, grouped_weight_gradient
 from automodel.kernels.permute import ExpertOrder
-from automodel.kernels.sonic import gathered_weight_gradient, products_obstacle
+from automodel.kernels.sonic import products_obstacle, weight_gradient
 from automodel.kernels.triton_rows import ActivationForm
 
 
@@ -92,6 +93,8 @@ class _FusedExperts(torch.autograd.Function):
         order, form = ctx.plan.order, ctx.plan.form
         needs = ctx.needs_input_grad
         grad = grad.contiguous()
+        if ctx.plan.gathers:
+            where = F.pad(ends, (1, 0)), order.token_M.int()
         grad_rows = _rows(grad, order)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
             h, weight_M, grouped(grad_rows, down, ends), form, gate_up_bias, expert
@@ -99,7 +102,7 @@ class _FusedExperts(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
             if ctx.plan.gathers:
-                grads[3] = gathered_weight_gradient(grad, activated, order, torch.empty_like(down))
+                grads[3] = weight_gradient(grad, activated, torch.empty_like(down), *where)
             else:
                 grads[3] = grouped_weight_gradient(grad_rows, activated, ends)
         if needs[5]:
@@ -109,7 +112,7 @@ class _FusedExperts(torch.autograd.Function):
         del grad_rows, activated
         if needs[2]:
             if ctx.plan.gathers:
-                grads[2] = gathered_weight_gradient(x, grad_h, order, torch.empty_like(gate_up).mT).mT
+                grads[2] = weight_gradient(x, grad_h, torch.empty_like(gate_up).mT, *where).mT
             else:
                 grads[2] = grouped_weight_gradient(grad_h, _rows(x, order), ends)
         if needs[4]:

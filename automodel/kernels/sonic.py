@@ -52,21 +52,29 @@ def products_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, wid
     return rows_obstacle("SonicMoE", dtype, hidden, width)
 
 
-def gathered_weight_gradient(
-    tokens_ND: torch.Tensor, rows_MF: torch.Tensor, order: ExpertOrder, out_EDF: torch.Tensor
+def weight_gradient(
+    tokens: torch.Tensor,
+    rows_MF: torch.Tensor,
+    out_EDF: torch.Tensor,
+    starts_E: torch.Tensor,
+    token_M: torch.Tensor | None,
+    *,
+    halves: bool = False,
 ) -> torch.Tensor:
     """tokens[token of the row].T @ rows, over the rows of each expert, into `out_EDF`; the tokens are read in place.
 
     Args:
-        tokens_ND, rows_MF: contiguous.
+        tokens, rows_MF: contiguous; without `token_M` both are rows.
         out_EDF: contiguous, or the transpose of what is.
+        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
+        token_M: int32.
+        halves: the rows have gate and up in turn, `out_EDF` has one after the other.
     """
     from quack.gemm_interface import gemm
 
-    starts = F.pad(torch.cumsum(order.counts_E, 0, dtype=torch.int32), (1, 0))
     return gemm(
-        tokens_ND.mT, rows_MF, out=out_EDF, cu_seqlens_k=starts, A_idx=order.token_M.int(), dynamic_scheduler=False,
-        tuned=False,
+        tokens.mT, rows_MF, out=out_EDF, cu_seqlens_k=starts_E, A_idx=token_M, dynamic_scheduler=False, tuned=False,
+        concat_layout=("out",) if halves else None,
     )  # fmt: skip
 
 
@@ -151,7 +159,6 @@ class _SonicExperts(torch.autograd.Function):
         x, weight_M, h, gate_up, down, starts, token_M = ctx.saved_tensors
         order, needs = ctx.plan.order, ctx.needs_input_grad
         by_row = {"cu_seqlens_m": starts, "dynamic_scheduler": False, "tuned": False}
-        over_rows = {"cu_seqlens_k": starts, "A_idx": token_M, "dynamic_scheduler": False, "tuned": False}
         halves = ctx.plan.halves
 
         grad = grad.contiguous() if order is not None else _with_room(grad.contiguous())
@@ -161,12 +168,11 @@ class _SonicExperts(torch.autograd.Function):
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = down.new_empty(down.shape)
-            gemm(grad.mT, activated, out=grads[3], **over_rows)
+            grads[3] = weight_gradient(grad, activated, down.new_empty(down.shape), starts, token_M)
         del activated
         if needs[2]:
             grads[2] = gate_up.new_empty(gate_up.shape)
-            gemm(x.mT, grad_h, out=grads[2].mT, concat_layout=("out",) if halves else None, **over_rows)
+            weight_gradient(x, grad_h, grads[2].mT, starts, token_M, halves=halves)
         if needs[0]:
             rows = gemm(grad_h, gate_up, concat_layout=("B",) if halves else None, **by_row)[: ctx.rows]
             grads[0] = rows if order is None else _sum(rows, order)
