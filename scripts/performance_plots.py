@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from training_tables import compared, plot_name, title, tokens, training_runs
+from training_tables import compared, plot_name, read, title, tokens, training_runs
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs" / "plots"
 LABELS, BARS, ROW = 380, 380, 22
 """Pixels: width of the labels, of the longest bar, height of a row."""
@@ -54,7 +52,7 @@ def plot(title: str, unit: str, bars: list[Bar]) -> str:
 def plots() -> Iterator[tuple[str, str]]:
     """(file name, content) of every plot."""
     for state in ("warm", "cold"):
-        rows = _read(f"checkpoints-{state}.json")["jobs"]
+        rows = read(f"checkpoints-{state}.json")["jobs"]
         bars = [
             Bar(row["job"].removeprefix("peer: "), row["ratio_to_cp"], not row["job"].startswith(("cp", "peer: ")))
             for row in rows
@@ -71,11 +69,6 @@ def plots() -> Iterator[tuple[str, str]]:
             ]
             what = f"{case}, {gpus} x {made['gpu']}, {tokens(made)} tokens, micro-batch {size}"
             yield plot_name(made, size), plot(what, "tokens a second and GPU", bars)
-
-
-def _read(name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return document
 
 
 def main() -> int:

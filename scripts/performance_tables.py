@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from training_tables import summary, training, training_runs
+from training_tables import RESULTS, Document, read, summary, training, training_runs
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-Document = dict[str, Any]
 
 
 def checkpoints(warm: Document, cold: Document) -> str:
@@ -191,16 +187,16 @@ def _linear_layers(rows: list[Document]) -> Iterator[str]:
 def gpu() -> str:
     """The tables of what was measured on GPUs."""
     parts = [training(run) for run in training_runs()]
-    parts += [full_model(_read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
-    parts += [experts(_read(path.name)) for path in sorted(RESULTS.glob("experts*.json"))]
-    return "\n".join([*parts, dispatch(_read("dispatch.json")), transformer_engine(_read("te.json"))])
+    parts += [full_model(read(path.name)) for path in sorted(RESULTS.glob("full-model-*.json"))]
+    parts += [experts(read(path.name)) for path in sorted(RESULTS.glob("experts*.json"))]
+    return "\n".join([*parts, dispatch(read("dispatch.json")), transformer_engine(read("te.json"))])
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "checkpoints": lambda: checkpoints(_read("checkpoints-warm.json"), _read("checkpoints-cold.json")),
-    "peers": lambda: peers(_read("checkpoints-peers-warm.json"), _read("checkpoints-peers-cold.json")),
-    "sharing": lambda: sharing(_read("sharing.json")),
-    "planning": lambda: planning(_read("planning.json")),
+    "checkpoints": lambda: checkpoints(read("checkpoints-warm.json"), read("checkpoints-cold.json")),
+    "peers": lambda: peers(read("checkpoints-peers-warm.json"), read("checkpoints-peers-cold.json")),
+    "sharing": lambda: sharing(read("sharing.json")),
+    "planning": lambda: planning(read("planning.json")),
     "summary": summary,
     "gpu": gpu,
 }
@@ -221,11 +217,6 @@ def render(text: str) -> str:
             raise ValueError(f"{PAGE} lacks the markers {first} and {last}")
         text = f"{before}{begin}\n{table()}{end}{after}"
     return text
-
-
-def _read(name: str) -> Document:
-    document: Document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return document
 
 
 def main() -> int:

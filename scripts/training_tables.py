@@ -24,6 +24,12 @@ TITLES = {
 Document = dict[str, Any]
 
 
+def read(name: str) -> Document:
+    """One file of the results."""
+    document: Document = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return document
+
+
 def training(document: Document) -> str:
     """The table and plots of one `training-*.json`, with what our step spends its time on."""
     made, rows = document["configuration"], document["rows"]
@@ -161,7 +167,7 @@ def training_runs() -> Iterator[Document]:
     """Runs of one case on as many GPUs, like tokens and at one pace as one document; the first one's configuration."""
     found: dict[tuple[str, int, str, bool], Document] = {}
     for path in sorted(RESULTS.glob("training-*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read(path.name)
         made = document["configuration"]
         key = made["case"], made["gpus"], tokens(made), in_a_row(made)
         first = found.setdefault(key, {"configuration": made, "rows": []})
