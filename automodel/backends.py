@@ -53,7 +53,7 @@ class Backend:
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
             host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
             `"deepep"` through DeepEP, which was measured to take longer.
-        router: `"torch"` is softmax and topk, `"fused"` both as one kernel, for routers without groups.
+        router: `"torch"` is softmax or sigmoid, and topk, `"fused"` both as one kernel.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
         norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, `"te"`
             TransformerEngine's.

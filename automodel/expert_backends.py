@@ -94,7 +94,7 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
 
 
 def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:
-    """What chooses among `experts` by softmax.
+    """What chooses among `experts`.
 
     Raises:
         UsageError: `fused` was asked for by name and cannot run.

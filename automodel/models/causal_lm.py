@@ -263,9 +263,8 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             divided = [m for m in self.modules() if isinstance(m, Experts) and m.dispatcher is not None]
             resolved = self._experts_kernel(moe, weight, divided=bool(divided))
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
-            if moe.groups is None:
-                router = resolve_router(self.backend, weight.device, moe.num_experts)
-                rows.insert(2, BackendRow("router", len(moe.layers), router.kernel, router.reason))
+            router = resolve_router(self.backend, weight.device, moe.num_experts)
+            rows.insert(2, BackendRow("router", len(moe.layers), router.kernel, router.reason))
             if divided:
                 dispatch = divided[0].resolve_dispatch(resolved.kernel)
                 rows.insert(2, BackendRow("dispatch", len(divided), dispatch.kernel, dispatch.reason))

@@ -102,6 +102,7 @@ def _router(hidden_size: int, moe: MoeSpec, backend: Backend) -> TopKRouter | Gr
         hidden_size,
         moe.num_experts,
         moe.top_k,
+        backend,
         num_groups=moe.groups.num_groups,
         top_groups=moe.groups.top_groups,
         normalize=moe.normalize,

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automodel.backends import Backend
+from automodel.expert_backends import resolve_router
+from automodel.kernels.float32_linear import float32_linear
+from automodel.kernels.group_choice import choose_in_groups
 from automodel.precision import keep_float32
 
 _NEAR_ZERO = 1e-20
@@ -32,6 +36,7 @@ class GroupLimitedRouter(nn.Module):
         normalize: divide the K scores by their sum.
         scale: factor on the routing weights.
         keeps_float32: the projection's weight is FP32 whatever the module is cast to, as it is published (Nemotron 3).
+        backend: which kernels project and choose.
 
     Attributes:
         e_score_correction_bias: [E], added to the scores for the choice alone. No gradient reaches it. A buffer, so
@@ -46,6 +51,7 @@ class GroupLimitedRouter(nn.Module):
         hidden_size: int,
         num_experts: int,
         top_k: int,
+        backend: Backend,
         *,
         num_groups: int,
         top_groups: int,
@@ -55,6 +61,7 @@ class GroupLimitedRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.keeps_float32 = keeps_float32
+        self.backend = backend
         self.top_k = top_k
         self.num_groups = num_groups
         self.top_groups = top_groups
@@ -73,6 +80,19 @@ class GroupLimitedRouter(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits [N, E] and routing weights [N, K] in FP32, and expert indices [N, K] (int64)."""
+        experts = self.weight.shape[0]
+        if resolve_router(self.backend, x_ND.device, experts).kernel == "fused":
+            logits_NE = float32_linear(x_ND, self.weight)
+            weight_NK, index_NK = choose_in_groups(
+                logits_NE,
+                self.e_score_correction_bias,
+                self.top_k,
+                groups=self.num_groups,
+                top_groups=self.top_groups,
+                normalize=self.normalize,
+                scale=self.scale,
+            )
+            return logits_NE, weight_NK, index_NK
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid()
         index_NK = self._choose(scores_NE)

@@ -287,6 +287,7 @@ def test_the_backend_report_tells_what_scans() -> None:
         "attention": 1,
         "mamba": 2,
         "experts": 1,
+        "router": 1,
         "packed or windowed": 1,
         "norm": 6,
         "linear": 11,

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from automodel.backends import Backend
 from automodel.moe.group_router import GroupLimitedRouter
 
 HIDDEN, EXPERTS, TOP_K, GROUPS, TOP_GROUPS = 8, 12, 3, 4, 2
@@ -17,7 +18,7 @@ def router(
 ) -> GroupLimitedRouter:
     torch.manual_seed(0)
     made = GroupLimitedRouter(
-        HIDDEN, EXPERTS, TOP_K, num_groups=GROUPS, top_groups=top_groups, normalize=normalize, scale=2.5
+        HIDDEN, EXPERTS, TOP_K, Backend(), num_groups=GROUPS, top_groups=top_groups, normalize=normalize, scale=2.5
     )
     torch.nn.init.normal_(made.weight)
     if bias is not None:
@@ -83,7 +84,7 @@ def test_the_bias_decides_in_float32_whatever_the_dtype_of_the_model() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_bias_stays_float32_off_the_meta_device_too(dtype: torch.dtype) -> None:
     with torch.device("meta"):
-        made = GroupLimitedRouter(8, 4, 1, num_groups=1, top_groups=1, normalize=True, scale=1.0)
+        made = GroupLimitedRouter(8, 4, 1, Backend(), num_groups=1, top_groups=1, normalize=True, scale=1.0)
     made = made.to(dtype)
     assert made.e_score_correction_bias.is_meta
     assert made.e_score_correction_bias.dtype == torch.float32
