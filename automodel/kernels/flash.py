@@ -124,6 +124,10 @@ def _causal_attention(
     out, sums_BSH = attention_calls.KERNELS[kernel].forward(inputs, call)
     if sinks is None:
         return out.contiguous(), sums_BSH.contiguous()
+    if out.is_cuda and is_installed("triton"):
+        from automodel.kernels.triton_sinks import add_sinks
+
+        return add_sinks(out, sums_BSH, sinks)
     with_sink_BSH = torch.logaddexp(sums_BSH, sinks.float())
     out = (out * torch.exp(sums_BSH - with_sink_BSH).unsqueeze(-1)).to(query.dtype)
     return out.contiguous(), with_sink_BSH.contiguous()

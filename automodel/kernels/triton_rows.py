@@ -215,7 +215,7 @@ def _sum_by_expert(
     inside = column < C
     end = tl.load(ends + expert).to(tl.int64)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     first = start + share * ROWS
     while first < end:
         row = first + tl.arange(0, ROWS)
@@ -225,10 +225,10 @@ def _sum_by_expert(
         )
         if HAS_WEIGHT:
             value *= tl.load(weight + row, mask=valid, other=0.0)[:, None]
-        total += tl.sum(value, axis=0)
+        total += value
         first += tl.num_programs(2) * ROWS
     to = out + (share * tl.num_programs(0) + expert).to(tl.int64) * C + column
-    tl.store(to, total, mask=inside)
+    tl.store(to, tl.sum(total, axis=0), mask=inside)
 
 
 def activate(
