@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "benchmark-out")))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    peak = _peak()
+    peak = matmul_peak()
     print(f"matmul 8192^3: {peak / 1e12:.0f} TFLOP/s; errors may be {BOUND:.4f}")
     within = [_measure(name, arguments, peak) for name in arguments.shapes.split(",")]
     sys.exit(0 if all(within) else 1)
@@ -106,9 +106,9 @@ def _measure(name: str, arguments: argparse.Namespace, peak: float) -> bool:
     return all(row["relative_error"] <= BOUND for row in rows if row["implementation"].startswith("ours"))
 
 
-def _peak() -> float:
+def matmul_peak() -> float:
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    return 2 * 8192**3 / (statistics.median(_milliseconds(lambda: a @ b, 30)) * 1e-3)
+    return 2 * 8192**3 / (statistics.median(milliseconds(lambda: a @ b, 30)) * 1e-3)
 
 
 def _block(shape: Shape, tokens: int, arguments: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
@@ -137,8 +137,8 @@ def _block(shape: Shape, tokens: int, arguments: argparse.Namespace, peak: float
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in blocks}
     for _ in range(arguments.rounds):
         for name, block in blocks.items():
-            times[name][0].extend(_milliseconds(lambda block=block: block(x, index, weight), 3))
-            times[name][1].extend(_milliseconds(lambda block=block: both(block), 3))
+            times[name][0].extend(milliseconds(lambda block=block: block(x, index, weight), 3))
+            times[name][1].extend(milliseconds(lambda block=block: both(block), 3))
     rows = []
     for name, (forward, whole) in times.items():
         median = statistics.median(whole)
@@ -245,7 +245,7 @@ def _ours(shape: Shape, kernel: str, parameters: dict[str, torch.nn.Parameter]) 
     return module
 
 
-def _milliseconds(run: Run, repeats: int) -> list[float]:
+def milliseconds(run: Run, repeats: int) -> list[float]:
     run()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in pairs:
