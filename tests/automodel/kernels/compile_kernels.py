@@ -21,9 +21,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from automodel.kernels import triton_adamw, triton_loss, triton_norm, triton_peers, triton_router, triton_rows
+from automodel.kernels import (
+    triton_adamw,
+    triton_group_router,
+    triton_loss,
+    triton_norm,
+    triton_peers,
+    triton_router,
+    triton_rows,
+    triton_sinks,
+)
 
-MODULES = (triton_adamw, triton_loss, triton_norm, triton_peers, triton_router, triton_rows)
+MODULES = (
+    triton_adamw,
+    triton_group_router,
+    triton_loss,
+    triton_norm,
+    triton_peers,
+    triton_router,
+    triton_rows,
+    triton_sinks,
+)
 BF16 = torch.bfloat16
 
 
@@ -39,7 +57,7 @@ def main() -> int:
             failed.append(f"{self.__name__}: {error}")
 
     JITFunction.run = compile_only
-    for run in (optimizer, loss, router, rows, peers):
+    for run in (optimizer, loss, attention, router, rows, peers):
         run()
     missing = sorted(set().union(*map(kernels, MODULES)) - compiled)
     print("\n".join([*failed, *(f"{name} is launched by nothing here" for name in missing)]))
@@ -95,11 +113,21 @@ def loss() -> None:
     triton_loss.scaled(random(4096, dtype=torch.float32), torch.ones(()), BF16)
 
 
+def attention() -> None:
+    triton_sinks.add_sinks(random(2, 16, 8, 64), torch.zeros(2, 8, 16).transpose(1, 2), random(8))
+
+
 def router() -> None:
     logits = random(64, 128)
     for over_chosen in (False, True):
         weights, indices = triton_router.choose(logits, 8, BF16, over_chosen=over_chosen)
         triton_router.choose_backward(weights, logits, indices, over_chosen=over_chosen)
+    for experts, groups, top_groups in ((128, 1, 1), (256, 8, 4), (30, 3, 2)):
+        logits, bias = random(64, experts, dtype=torch.float32), torch.zeros(experts)
+        weights, indices = triton_group_router.choose_in_groups(
+            logits, bias, 6, groups=groups, top_groups=top_groups, normalize=True, scale=2.5
+        )
+        triton_group_router.choose_in_groups_backward(weights, logits, indices, normalize=True, scale=2.5)
 
 
 def rows() -> None:
