@@ -9,17 +9,17 @@ Legend: N tokens, K experts per token, M = N * K rows sorted by expert, D hidden
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels import triton_rows
+from automodel.kernels import measured, triton_rows
 from automodel.kernels.experts import expert_of_row, grouped, grouped_weight_gradient
 from automodel.kernels.permute import ExpertOrder
-from automodel.kernels.sonic import products_obstacle, weight_gradient
-from automodel.kernels.triton_rows import ActivationForm
+from automodel.kernels.sonic import gathered_forward, products_obstacle, weight_gradient
+from automodel.kernels.triton_rows import SWIGLU_FORM, ActivationForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class _Plan:
     form: ActivationForm
     gathers: bool
     """Whether products that gather tokens themselves compute the gradients of the weights."""
+    gathers_forward: bool
+    """Whether they are the forward pass, too; then gate and up are kept in turn, as `form` says."""
 
 
 def fused_experts(
@@ -57,7 +59,9 @@ def fused_experts(
     """
     ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
     gathers = order is not None and products_obstacle(x.device, x.dtype, *down_EDF.shape[1:]) is None
-    plan = _Plan(order, form, gathers)
+    plain = form == SWIGLU_FORM and gate_up_bias_E2F is None and down_bias_ED is None
+    forward = gathers and plain and measured.gathering_wins(weight.numel(), len(counts_E))
+    plan = _Plan(order, replace(form, in_turn=forward), gathers, forward)
     out: torch.Tensor = _FusedExperts.apply(
         x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, plan
     )
@@ -80,12 +84,19 @@ class _FusedExperts(torch.autograd.Function):
         weight_M = weight.float() if plan.order is None else weight.flatten()[plan.order.order_M].float()
         biased = gate_up_bias is not None or down_bias is not None
         expert = expert_of_row(ends, len(weight_M)) if biased else None
-        h = grouped(_rows(x, plan.order), gate_up.transpose(-2, -1), ends)
-        activated = triton_rows.activate(h, weight_M, plan.form, gate_up_bias, expert)
-        rows = grouped(activated, down.transpose(-2, -1), ends)
-        ctx.save_for_backward(x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert)
         ctx.plan, ctx.weight_like = plan, (weight.shape, weight.dtype)
-        return _sum(rows, plan.order, weight_M, down_bias, expert)
+        if plan.gathers_forward:
+            starts, token = F.pad(ends, (1, 0)), plan.order.token_M.int()
+            keeps = any(ctx.needs_input_grad)
+            h, rows = gathered_forward(x, gate_up, down, starts, token, "swiglu", keeps=keeps)
+            out = triton_rows.sum_rows(rows, plan.order.inverse_M, plan.order.top_k, factor=weight_M)
+        else:
+            h = grouped(_rows(x, plan.order), gate_up.transpose(-2, -1), ends)
+            activated = triton_rows.activate(h, weight_M, plan.form, gate_up_bias, expert)
+            rows = grouped(activated, down.transpose(-2, -1), ends)
+            out = _sum(rows, plan.order, weight_M, down_bias, expert)
+        ctx.save_for_backward(x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert)
+        return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -55,6 +55,15 @@ def sonic_wins(activation: GatedActivation | Ungated) -> bool:
     return is_relu_squared(activation)
 
 
+def gathering_wins(rows: int, experts: int) -> bool:
+    """Whether SonicMoE's products, which gather their rows and apply SwiGLU themselves, were the faster forward pass.
+
+    They were with 1,024 rows an expert (128 experts of Qwen3-30B-A3B: 2.27 and 2.57 ms), and not with 256 (0.94 and
+    0.89; `benchmarks/experts.py`).
+    """
+    return rows >= 512 * experts
+
+
 def fp8_rows(kernel: LinearKernel, values_in: int, values_out: int) -> int | None:
     """The fewest tokens from which on a linear layer pays in FP8, None where it is narrower than all that were measured
     to: a layer no larger in any of its three sizes won."""

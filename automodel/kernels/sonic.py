@@ -78,6 +78,33 @@ def weight_gradient(
     )  # fmt: skip
 
 
+def gathered_forward(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    starts_E: torch.Tensor,
+    token_M: torch.Tensor | None,
+    activation: str,
+    *,
+    keeps: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The first projection of every row, gate and up in turn (None without `keeps`), and the rows that come out.
+
+    Args:
+        x: tokens [N, D]; or where `token_M` is None rows [M, D] sorted by expert.
+        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
+        token_M: int32, the token of each row.
+        activation: by QuACK's name.
+    """
+    from quack.gemm_interface import gemm, gemm_act
+
+    h, activated = gemm_act(
+        x, gate_up.mT, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
+        concat_layout=("B",) if activation == "swiglu" else None,
+    )  # fmt: skip
+    return h, gemm(activated, down.mT, cu_seqlens_m=starts_E, tuned=False)
+
+
 def _quack_activation(activation: GatedActivation | Ungated) -> str | None:
     if is_swiglu(activation):
         return "swiglu"
@@ -136,19 +163,14 @@ class _SonicExperts(torch.autograd.Function):
         starts: torch.Tensor,
         plan: _Plan,
     ) -> torch.Tensor:
-        from quack.gemm_interface import gemm, gemm_act
-
         order = plan.order
         weight_M = weight.float() if order is None else weight.flatten()[order.order_M].float()
         token_M = None if order is None else order.token_M.int()
         ctx.plan, ctx.rows, ctx.weight_like = plan, len(weight_M), (weight.shape, weight.dtype)
         if order is None:
             x, weight_M = _with_room(x), _with_room(weight_M)
-        h, activated = gemm_act(
-            x, gate_up.mT, activation=plan.activation, cu_seqlens_m=starts, A_idx=token_M,
-            store_preact=any(ctx.needs_input_grad), tuned=False, concat_layout=("B",) if plan.halves else None,
-        )  # fmt: skip
-        rows = gemm(activated, down.mT, cu_seqlens_m=starts, tuned=False)
+        keeps = any(ctx.needs_input_grad)
+        h, rows = gathered_forward(x, gate_up, down, starts, token_M, plan.activation, keeps=keeps)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, starts, token_M)
         return _sum(rows[: ctx.rows], order, weight_M)
 

@@ -25,19 +25,23 @@ _SHARES = 16
 
 @dataclass(frozen=True, slots=True)
 class ActivationForm:
-    """An activation as the kernels take it: its number, the two numbers of GPT-OSS's, and how many parts it takes
-    (gate and up, or up alone)."""
+    """An activation as the kernels take it: its number, the two numbers of GPT-OSS's, how many parts it takes (gate and
+    up, or up alone), and whether values of gate and up come in turn instead of all gates first."""
 
     kind: int
     alpha: float = 0.0
     limit: float = 0.0
     parts: int = 2
+    in_turn: bool = False
+
+
+SWIGLU_FORM = ActivationForm(0)
 
 
 def activation_form(activation: GatedActivation | Ungated) -> ActivationForm | None:
     """The form of an activation, None where the kernels have none."""
     if is_swiglu(activation):
-        return ActivationForm(0)
+        return SWIGLU_FORM
     if isinstance(activation, ClampedSwiGLU):
         return ActivationForm(1, activation.alpha, activation.limit)
     if is_relu_squared(activation):
@@ -65,8 +69,15 @@ def _value_and_slopes(gate, up, alpha, limit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gate_and_up(h, bias, expert, row, column, inside, F: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The two parts of a row, or twice the one that it has."""
+def _gate_and_up(
+    h, bias, expert, row, column, inside,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, IN_TURN: tl.constexpr,
+):  # fmt: skip
+    """The two parts of a row, or twice the one that it has; those in turn have no bias."""
+    if IN_TURN:
+        both = tl.arange(0, 2 * BLOCK)
+        pair = tl.load(h + row * 2 * F + both, mask=both < 2 * F, other=0.0).to(tl.float32)
+        return tl.split(tl.reshape(pair, [BLOCK, 2]))
     own = h + row * PARTS * F + column
     gate = tl.load(own, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(own + (PARTS - 1) * F, mask=inside, other=0.0).to(tl.float32)
@@ -84,7 +95,7 @@ def _activate_row(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, BLOCK, HAS_BIAS, False)
     value, _, _ = _value_and_slopes(gate, up, alpha, limit, KIND)
     tl.store(out + row * F + column, (value * tl.load(weight + row)).to(out.dtype.element_ty), mask=inside)
 
@@ -109,10 +120,11 @@ def _activate(
 def _activate_backward_row(
     row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IN_TURN: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, BLOCK, HAS_BIAS, IN_TURN)
     value, by_gate, by_up = _value_and_slopes(gate, up, alpha, limit, KIND)
     grad_value = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.load(weight + row)
@@ -129,7 +141,7 @@ def _activate_backward_row(
 def _activate_backward(
     h, bias, expert, weight, grad, grad_h, out, grad_weight, used, alpha, limit, scale,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LIMITED: tl.constexpr,
+    IN_TURN: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if LIMITED:
@@ -137,13 +149,13 @@ def _activate_backward(
         while row < end:
             _activate_backward_row(
                 row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
-                F, PARTS, BLOCK, KIND, HAS_BIAS,
+                F, PARTS, BLOCK, KIND, HAS_BIAS, IN_TURN,
             )  # fmt: skip
             row += tl.num_programs(0)
     else:
         _activate_backward_row(
             row, h, bias, expert, weight, grad, grad_h, out, grad_weight, alpha, limit, scale,
-            F, PARTS, BLOCK, KIND, HAS_BIAS,
+            F, PARTS, BLOCK, KIND, HAS_BIAS, IN_TURN,
         )  # fmt: skip
 
 
@@ -271,14 +283,18 @@ def activate_backward(
     used: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of `h` [M, 2F], the output of `activate` times `scale` [M, F], and the gradient of `weight` [M]."""
+    """The gradient of `h` [M, 2F], the output of `activate` times `scale` [M, F], and the gradient of `weight` [M].
+
+    The gradient has all gates first, also where `h` has gate and up in turn.
+    """
     grad_h, out, grad_weight = torch.empty_like(h), torch.empty_like(grad), torch.empty_like(weight)
     rows, width = grad.shape
     if rows:
         block = triton.next_power_of_2(width)
         _activate_backward[(_programs(rows, used),)](
             h, bias, expert, weight, grad, grad_h, out, grad_weight, used, form.alpha, form.limit, scale,
-            width, form.parts, block, form.kind, bias is not None, used is not None, num_warps=_warps(block),
+            width, form.parts, block, form.kind, bias is not None, form.in_turn, used is not None,
+            num_warps=_warps(block),
         )  # fmt: skip
     return grad_h, out, grad_weight
 
