@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-_ELEMENTS = 4096
+_ELEMENTS = 1024
 """Of the output, that one program takes."""
 
 
@@ -16,10 +16,10 @@ def _add_sinks(
     sums_b, sums_s, sums_h,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     head, token = row % H, row // H
-    at = token // S * sums_b + token % S * sums_s + head * sums_h
+    at = (token // S).to(tl.int64) * sums_b + token % S * sums_s + head * sums_h
     before = tl.load(sums + at, mask=there, other=0.0)
     sink = tl.load(sinks + head, mask=there, other=0.0).to(tl.float32)
     # The larger one first, so that exp is at most 1; both may be -inf, whose difference is NaN.
@@ -28,7 +28,7 @@ def _add_sinks(
     tl.store(to_sums + row, after, mask=there)
     column = tl.arange(0, BLOCK)
     inside = there[:, None] & (column < D)[None, :]
-    place = row[:, None] * D + column[None, :]
+    place = row.to(tl.int64)[:, None] * D + column[None, :]
     value = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
     value *= tl.exp(before - after)[:, None]
     tl.store(to_out + place, value.to(to_out.dtype.element_ty), mask=inside)
