@@ -136,6 +136,7 @@ def rows() -> None:
     ends, used = torch.tensor([8, 64], dtype=torch.int32), torch.tensor([60], dtype=torch.int32)
     for form, biased in (
         (triton_rows.ActivationForm(0), False),
+        (triton_rows.ActivationForm(0, in_turn=True), False),
         (triton_rows.ActivationForm(1, 1.702, 7.0), True),
         (triton_rows.ActivationForm(2, parts=1), False),
     ):
