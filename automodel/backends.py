@@ -55,8 +55,8 @@ class Backend:
             `"deepep"` through DeepEP, which was measured to take longer.
         router: `"torch"` is softmax or sigmoid, and topk, `"fused"` both as one kernel.
         mamba: `"torch"` is the reference, `"fused"` the kernels of mamba_ssm and causal_conv1d.
-        norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, `"te"`
-            TransformerEngine's.
+        norm: `"torch"` rounds as transformers does, `"fused"` is `torch.nn.functional.rms_norm`, and for norms of
+            heads one kernel with their rotation; `"te"` TransformerEngine's.
         linear: `"torch"`, or TransformerEngine's products: `"te"` in the dtype of the model; `"fp8"` and `"fp8_block"`
             in FP8 where that was measured to be faster, see `kernels.te_linear`.
         linear_attention: `"torch"` computes the gated delta rule and its convolution by chunks in torch, `"fla"` by

@@ -9,7 +9,7 @@ from typing import Any
 COMMUNICATION = "communication"
 KINDS = {
     COMMUNICATION: ("nccl", "barrier_kernel", "_spread_tokens", "_sum_for_peers", "_sum_own", "_publish"),
-    "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq"),
+    "attention": ("sdpa", "fmha", "flash", "dot_do_o", "convert_dq", "_add_sinks"),
     "experts": (
         "quack",
         "enable_3x_kernel_for_sm9x",
@@ -22,7 +22,7 @@ KINDS = {
     "loss": ("_softmax_gradient", "SoftMax"),
     "optimizer and gradient norm": ("_adamw", "multi_tensor_apply", "_square_sums"),
     "dense products": ("nvjet", "gemm", "cublas"),
-    "norms, rope, residuals": ("triton_",),
+    "norms, rope, residuals": ("triton_", "_norm_and_rotate"),
 }
 """Kinds of work -> parts of the names of their CUDA kernels; the first that fits counts. The head is dense."""
 OTHER = "other"

@@ -18,9 +18,10 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from automodel.attention_backends import resolve_sdpa
-from automodel.backends import Backend
+from automodel.backends import Backend, resolve_norm
 from automodel.compat import update_cache
 from automodel.kernels.flash import Spans, causal_attention
+from automodel.kernels.heads import fused_heads_obstacle, norm_and_rotate
 from automodel.kernels.sdpa import cudnn_first
 from automodel.models.linear import Linear
 from automodel.models.masking import AttentionMask, sees_whole_rows
@@ -84,24 +85,14 @@ class Attention(nn.Module):
         """
         batch, length, _ = x_BSD.shape
         qkv = self.qkv_proj(x_BSD).view(batch, length, self.groups, -1, self.head_dim)
-        query, gate, key, value_BSGd = qkv.split((self.heads_per_group, self.gates_per_group, 1, 1), dim=3)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if cos_BSd is not None and sin_BSd is not None:
-            cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query_BSHd, key_BSGd, value_BSGd, gate = self._heads(qkv, cos_BSd, sin_BSd)
         spans = self._spans(x_BSD, mask, kernel, cache)
         if spans is not None:
             output_BSHd = causal_attention(
-                query.flatten(2, 3),
-                key.flatten(2, 3),
-                value_BSGd.flatten(2, 3),
-                spans,
-                scale=self.head_dim**-0.5,
-                sinks_H=self.sinks,
+                query_BSHd, key_BSGd, value_BSGd, spans, scale=self.head_dim**-0.5, sinks_H=self.sinks
             )
             return self._projected(output_BSHd, gate), None
-        query_BHSd, key_BGSd = (heads.flatten(2, 3).transpose(1, 2) for heads in (query, key))
-        value_BGSd = value_BSGd.flatten(2, 3).transpose(1, 2)
+        query_BHSd, key_BGSd, value_BGSd = (heads.transpose(1, 2) for heads in (query_BSHd, key_BSGd, value_BSGd))
         if cache is not None:
             key_BGSd, value_BGSd = update_cache(cache, key_BGSd, value_BGSd, self.layer, cache_position)
 
@@ -112,9 +103,36 @@ class Attention(nn.Module):
         output_BHSd, probabilities = attend(query_BHSd, key_BGSd, value_BGSd, mask, dropout, self.sinks)
         return self._projected(output_BHSd.transpose(1, 2), gate), probabilities
 
-    def _projected(self, output_BSHd: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    def _heads(
+        self, qkv: torch.Tensor, cos_BSd: torch.Tensor | None, sin_BSd: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values as attention takes them, and the gates of its output; [B, S, H or G, d].
+
+        Args:
+            qkv: the projection, [B, S, G, R + gates + 2, d].
+        """
+        if cos_BSd is not None and sin_BSd is not None and self._fuses_heads(qkv, cos_BSd):
+            q_norm, k_norm = self.q_norm, self.k_norm
+            zero_centred, weights = q_norm.zero_centred, (q_norm.weight, k_norm.weight)
+            heads = norm_and_rotate(qkv, *weights, cos_BSd, sin_BSd, eps=q_norm.eps, zero_centred=zero_centred)
+            return *heads, None
+        query, gate, key, value = qkv.split((self.heads_per_group, self.gates_per_group, 1, 1), dim=3)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if cos_BSd is not None and sin_BSd is not None:
+            cos, sin = cos_BSd[:, :, None, None], sin_BSd[:, :, None, None]
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3), gate
+
+    def _fuses_heads(self, qkv: torch.Tensor, cos_BSd: torch.Tensor) -> bool:
+        """Whether norms and rotation are one kernel: where there are norms, of the fused kind."""
+        if not isinstance(self.q_norm, RMSNorm) or self.gates_per_group:
+            return False
+        fused = resolve_norm(self.backend, qkv.device, qkv.dtype).kernel == "fused"
+        return fused and fused_heads_obstacle(qkv.device, self.head_dim, cos_BSd.shape[-1]) is None
+
+    def _projected(self, output_BSHd: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         output_BSD = output_BSHd.flatten(2, 3)
-        if self.gates_per_group:
+        if gate is not None and self.gates_per_group:
             output_BSD = output_BSD * gate.flatten(2).sigmoid()
         return self.o_proj(output_BSD)
 

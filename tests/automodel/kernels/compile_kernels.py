@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from automodel.kernels import (
     triton_adamw,
     triton_group_router,
+    triton_heads,
     triton_loss,
     triton_norm,
     triton_peers,
@@ -35,6 +36,7 @@ from automodel.kernels import (
 MODULES = (
     triton_adamw,
     triton_group_router,
+    triton_heads,
     triton_loss,
     triton_norm,
     triton_peers,
@@ -114,6 +116,11 @@ def loss() -> None:
 
 
 def attention() -> None:
+    for groups, heads, size in ((4, 8, 128), (8, 4, 128), (4, 16, 128), (2, 2, 64)):
+        qkv, weight = random(2, 16, groups, heads + 2, size), random(size)
+        tables = triton_heads.Tables(random(1, 16, size), random(1, 16, size))
+        found = triton_heads.norm_and_rotate(qkv, weight, weight, tables, 1e-6, 0.0)
+        triton_heads.norm_and_rotate_backward(found, qkv, weight, weight, tables, 1e-6, 0.0)
     triton_sinks.add_sinks(random(2, 16, 8, 64), torch.zeros(2, 8, 16).transpose(1, 2), random(8))
 
 
