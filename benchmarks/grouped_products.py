@@ -1,10 +1,14 @@
-"""The six grouped products of an expert block, one by one: torch's, and QuACK's in each of its configurations.
+"""The grouped products of an expert block, one by one: torch's, and QuACK's in each of its configurations.
 
     python benchmarks/grouped_products.py --shapes qwen3-30b-a3b --tokens 4096,16384
 
 The load is uneven. Configurations take turns, and those that fail are listed with their errors. QuACK's products read
 rows of tokens by their indices where the block has them so (`gathers`); torch's have them gathered before, which is not
-timed. Prints TFLOP/s, the fastest first, and writes JSON with the whole configuration.
+timed, and only QuACK's "first with SwiGLU" applies that. Prints TFLOP/s, the fastest first, and writes JSON with the
+whole configuration.
+
+QuACK compiles each configuration when it first meets it, and keeps it in QUACK_CACHE_DIR: several processes with
+`--configurations` and `--rounds 1` compile them at once, before the one that times them.
 """
 
 from __future__ import annotations
@@ -24,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from experts import DEVICE, DTYPE, SHAPES, Shape, matmul_peak, milliseconds
 from quack.gemm_config import GemmConfig
-from quack.gemm_interface import gemm_tuned
+from quack.gemm_interface import gemm_act, gemm_tuned
 
-from automodel.kernels.activations import Ungated
+from automodel.kernels.activations import SWIGLU, Ungated
 from automodel.kernels.permute import sort_by_expert
 
 COOPERATIVE = ((256, 128), (256, 160), (256, 192), (128, 224), (128, 256))
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="qwen3-30b-a3b", help=", ".join(SHAPES))
     parser.add_argument("--tokens", default="16384")
     parser.add_argument("--cases", default="", help="parts of the names of products; all by default")
+    parser.add_argument("--configurations", default="", help="parts of the names of QuACK's; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "benchmark-out")))
     arguments = parser.parse_args()
@@ -58,7 +63,7 @@ def main() -> None:
         for name, tokens in product(arguments.shapes.split(","), map(int, arguments.tokens.split(",")))
         for case in _cases(SHAPES[name], tokens)
         if any(part in case.name for part in arguments.cases.split(","))
-        for row in _measured(case, arguments.rounds)
+        for row in _measured(case, arguments.rounds, arguments.configurations.split(","))
     ]
     made = {
         "gpu": torch.cuda.get_device_name(0),
@@ -93,6 +98,12 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
         out = a.new_empty(len(token), b.shape[-1])
         gemm_tuned.fn(a, b, out, cu_seqlens_m=starts, A_idx=index, config=config)
 
+    def with_swiglu(config: GemmConfig | None) -> None:
+        gemm_act(
+            x, gate_up.mT, activation="swiglu", cu_seqlens_m=starts, A_idx=token, tuned=False, config=config,
+            concat_layout=("B",),
+        )  # fmt: skip
+
     def over_rows(a: torch.Tensor, b: torch.Tensor, like: torch.Tensor, config: GemmConfig | None) -> None:
         out = torch.empty_like(like)
         out = out if out.shape[1] == a.shape[1] else out.mT
@@ -108,6 +119,8 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
     yield Case(
         "first", work * first, partial(torch_rows, rows_x, gate_up.mT), partial(by_row, x, gate_up.mT, token), True
     )
+    if shape.activation is SWIGLU:
+        yield Case("first with SwiGLU", work * first, partial(torch_rows, rows_x, gate_up.mT), with_swiglu, True)
     yield Case(
         "second",
         work * width,
@@ -135,7 +148,7 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
     )
 
 
-def _measured(case: Case, rounds: int) -> list[dict[str, Any]]:
+def _measured(case: Case, rounds: int, wanted: list[str]) -> list[dict[str, Any]]:
     """The fastest first, then what failed."""
     runs: dict[str, Callable[[], Any]] = {"torch": case.torch, "quack default": partial(case.quack, None)}
     for (tiles, pingpong), cluster in product(((COOPERATIVE, False), (PINGPONG, True)), ((2, 1), (1, 1), (1, 2))):
@@ -151,7 +164,9 @@ def _measured(case: Case, rounds: int) -> list[dict[str, Any]]:
                 is_dynamic_persistent=False,
             )
             kind = "pingpong" if pingpong else "cooperative"
-            runs[f"quack {m} x {n} {kind} {cluster[0]} x {cluster[1]}"] = partial(case.quack, config)
+            name = f"quack {m} x {n} {kind} {cluster[0]} x {cluster[1]}"
+            if any(part in name for part in wanted):
+                runs[name] = partial(case.quack, config)
     times: dict[str, list[float]] = {name: [] for name in runs}
     errors: dict[str, str] = {}
     for _ in range(rounds):
