@@ -11,7 +11,8 @@ from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.choice import fused_choice_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
-from automodel.kernels.sonic import products_obstacle, sonic_obstacle
+from automodel.kernels.products import products_obstacle
+from automodel.kernels.sonic import sonic_obstacle
 from automodel.kernels.te import alignment_obstacle, te_obstacle
 
 WEIGHING: tuple[ExpertsKernel, ...] = ("fused", "sonic")
@@ -55,9 +56,9 @@ def resolve_experts(
     for kernel in wanted:
         found = obstacles[kernel]()
         if found is None:
-            if kernel == "fused" and not (reason or divided):
+            if kernel == "fused" and not reason:
                 slower = products_obstacle(device, dtype, hidden, width)
-                reason = f"torch's products compute the gradients of the weights: {slower}" if slower else ""
+                reason = f"torch's grouped products multiply: {slower}" if slower else ""
             return Resolved(kernel, reason)
         reason = found
     return Resolved("torch", reason)

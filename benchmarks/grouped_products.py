@@ -4,8 +4,8 @@
 
 The load is uneven. Configurations take turns, and those that fail are listed with their errors. QuACK's products read
 rows of tokens by their indices where the block has them so (`gathers`); torch's have them gathered before, which is not
-timed, and only QuACK's "first with SwiGLU" applies that. Prints TFLOP/s, the fastest first, and writes JSON with the
-whole configuration.
+timed, and only QuACK's apply the activation or its derivative. Prints TFLOP/s, the fastest first, and writes JSON with
+the whole configuration.
 
 QuACK compiles each configuration when it first meets it, and keeps it in QUACK_CACHE_DIR: several processes with
 `--configurations` and `--rounds 1` compile them at once, before the one that times them.
@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from experts import DEVICE, DTYPE, SHAPES, Shape, matmul_peak, milliseconds
 from quack.gemm_config import GemmConfig
-from quack.gemm_interface import gemm_act, gemm_tuned
+from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned
 
-from automodel.kernels.activations import SWIGLU, Ungated
+from automodel.kernels.activations import Ungated
 from automodel.kernels.permute import sort_by_expert
+from automodel.kernels.sonic import quack_activation
 
 COOPERATIVE = ((256, 128), (256, 160), (256, 192), (128, 224), (128, 256))
 PINGPONG = ((128, 128), (128, 160), (128, 192), (192, 128))
@@ -92,16 +93,23 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
     x, grad = random(tokens, hidden), random(tokens, hidden)
     rows_x, rows_grad = x[order.token_M], grad[order.token_M]
     h, activated = random(len(token), first), random(len(token), width)
+    weight, activation = torch.rand(len(token), device=DEVICE), quack_activation(shape.activation)
     gate_up, down = random(shape.experts, first, hidden), random(shape.experts, hidden, width)
 
     def by_row(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, config: GemmConfig | None) -> None:
         out = a.new_empty(len(token), b.shape[-1])
         gemm_tuned.fn(a, b, out, cu_seqlens_m=starts, A_idx=index, config=config)
 
-    def with_swiglu(config: GemmConfig | None) -> None:
+    def with_activation(config: GemmConfig | None) -> None:
         gemm_act(
-            x, gate_up.mT, activation="swiglu", cu_seqlens_m=starts, A_idx=token, tuned=False, config=config,
-            concat_layout=("B",),
+            x, gate_up.mT, activation=activation, cu_seqlens_m=starts, A_idx=token, tuned=False, config=config,
+            concat_layout=("B",) if activation == "swiglu" else None,
+        )  # fmt: skip
+
+    def with_derivative(config: GemmConfig | None) -> None:
+        gemm_dact(
+            grad, down, PreAct=h, activation=activation, colvec_scale=weight, colvec_reduce=True, cu_seqlens_m=starts,
+            A_idx=token, dynamic_scheduler=False, tuned=False, config=config,
         )  # fmt: skip
 
     def over_rows(a: torch.Tensor, b: torch.Tensor, like: torch.Tensor, config: GemmConfig | None) -> None:
@@ -119,8 +127,11 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
     yield Case(
         "first", work * first, partial(torch_rows, rows_x, gate_up.mT), partial(by_row, x, gate_up.mT, token), True
     )
-    if shape.activation is SWIGLU:
-        yield Case("first with SwiGLU", work * first, partial(torch_rows, rows_x, gate_up.mT), with_swiglu, True)
+    if activation:
+        torchs = partial(torch_rows, rows_x, gate_up.mT)
+        yield Case("first with activation", work * first, torchs, with_activation, True)
+        torchs = partial(torch_rows, rows_grad, down)
+        yield Case("grad of first", work * width, torchs, with_derivative, True)
     yield Case(
         "second",
         work * width,

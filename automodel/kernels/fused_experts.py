@@ -1,4 +1,4 @@
-"""The experts of a layer as one autograd function: torch's grouped matrix products, and Triton kernels between them.
+"""The experts of a layer as one autograd function: grouped matrix products, and Triton kernels between them.
 
 Against the composition of separate operations: rows are gathered and summed without atomics, the routing weight is
 applied between the projections where rows are narrowest, and of the large intermediates only the first projection's
@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels import measured, triton_rows
-from automodel.kernels.experts import expert_of_row, grouped, grouped_weight_gradient
+from automodel.kernels import triton_rows
+from automodel.kernels.experts import expert_of_row
 from automodel.kernels.permute import ExpertOrder
-from automodel.kernels.sonic import gathered_forward, products_obstacle, weight_gradient
+from automodel.kernels.products import Products, product_and_activation, products_obstacle
 from automodel.kernels.triton_rows import SWIGLU_FORM, ActivationForm
 
 
@@ -28,10 +27,11 @@ class _Plan:
 
     order: ExpertOrder | None
     form: ActivationForm
-    gathers: bool
-    """Whether products that gather tokens themselves compute the gradients of the weights."""
-    gathers_forward: bool
-    """Whether they are the forward pass, too; then gate and up are kept in turn, as `form` says."""
+    quack: bool
+    """Whether QuACK's products multiply. Where they apply SwiGLU, too, gate and up come in turn, as `form` says."""
+
+    def products(self, ends_E: torch.Tensor) -> Products:
+        return Products.of(ends_E, quack=self.quack, token_M=None if self.order is None else self.order.token_M)
 
 
 def fused_experts(
@@ -58,10 +58,9 @@ def fused_experts(
         With `order` [N, D], without [M, D]; in the dtype of `x`.
     """
     ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
-    gathers = order is not None and products_obstacle(x.device, x.dtype, *down_EDF.shape[1:]) is None
+    quack = order is not None and products_obstacle(x.device, x.dtype, *down_EDF.shape[1:]) is None
     plain = form == SWIGLU_FORM and gate_up_bias_E2F is None and down_bias_ED is None
-    forward = gathers and plain and measured.gathering_wins(weight.numel(), len(counts_E))
-    plan = _Plan(order, replace(form, in_turn=forward), gathers, forward)
+    plan = _Plan(order, replace(form, in_turn=quack and plain), quack)
     out: torch.Tensor = _FusedExperts.apply(
         x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, plan
     )
@@ -85,15 +84,17 @@ class _FusedExperts(torch.autograd.Function):
         biased = gate_up_bias is not None or down_bias is not None
         expert = expert_of_row(ends, len(weight_M)) if biased else None
         ctx.plan, ctx.weight_like = plan, (weight.shape, weight.dtype)
-        if plan.gathers_forward:
-            starts, token = F.pad(ends, (1, 0)), plan.order.token_M.int()
+        products = plan.products(ends)
+        if plan.form.in_turn:
             keeps = any(ctx.needs_input_grad)
-            h, rows = gathered_forward(x, gate_up, down, starts, token, "swiglu", keeps=keeps)
+            starts, token = products.starts_E, products.token_M
+            h, activated = product_and_activation(x, gate_up.mT, starts, "swiglu", token, keeps=keeps)
+            rows = products.by_row(activated, down.mT, "second")
             out = triton_rows.sum_rows(rows, plan.order.inverse_M, plan.order.top_k, factor=weight_M)
         else:
-            h = grouped(_rows(x, plan.order), gate_up.transpose(-2, -1), ends)
+            h = products.by_row(_tokens(x, plan.order, products), gate_up.mT, "first")
             activated = triton_rows.activate(h, weight_M, plan.form, gate_up_bias, expert)
-            rows = grouped(activated, down.transpose(-2, -1), ends)
+            rows = products.by_row(activated, down.mT, "second")
             out = _sum(rows, plan.order, weight_M, down_bias, expert)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert)
         return out
@@ -101,40 +102,40 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert = ctx.saved_tensors
-        order, form = ctx.plan.order, ctx.plan.form
+        order, form, products = ctx.plan.order, ctx.plan.form, ctx.plan.products(ends)
         needs = ctx.needs_input_grad
         grad = grad.contiguous()
-        if ctx.plan.gathers:
-            where = F.pad(ends, (1, 0)), order.token_M.int()
-        grad_rows = _rows(grad, order)
+        grad_in = _tokens(grad, order, products)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
-            h, weight_M, grouped(grad_rows, down, ends), form, gate_up_bias, expert
+            h, weight_M, products.by_row(grad_in, down, "grad of activated"), form, gate_up_bias, expert
         )
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            if ctx.plan.gathers:
-                grads[3] = weight_gradient(grad, activated, torch.empty_like(down), *where)
-            else:
-                grads[3] = grouped_weight_gradient(grad_rows, activated, ends)
-        if needs[5]:
-            grads[5] = triton_rows.sum_by_expert(grad_rows, ends, weight_M)
-        if down_bias is not None and needs[1]:
-            triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, expert)
-        del grad_rows, activated
+            grads[3] = products.over_rows(grad_in, activated, "grad of second weight")
+        if down_bias is not None:
+            grad_rows = _rows(grad, order) if products.gather else grad_in
+            if needs[5]:
+                grads[5] = triton_rows.sum_by_expert(grad_rows, ends, weight_M)
+            if needs[1]:
+                triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, expert)
+            del grad_rows
+        del grad_in, activated
         if needs[2]:
-            if ctx.plan.gathers:
-                grads[2] = weight_gradient(x, grad_h, torch.empty_like(gate_up).mT, *where).mT
-            else:
-                grads[2] = grouped_weight_gradient(grad_h, _rows(x, order), ends)
+            grads[2] = products.over_rows(_tokens(x, order, products), grad_h, "grad of first weight", transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends)
         if needs[0]:
-            grads[0] = _sum(grouped(grad_h, gate_up, ends), order)
+            grads[0] = _sum(products.by_row(grad_h, gate_up, "grad of rows"), order)
         if needs[1]:
             shape, dtype = ctx.weight_like
             by_pair = grad_weight if order is None else grad_weight[order.inverse_M]
             grads[1] = by_pair.view(shape).to(dtype)
         return tuple(grads)
+
+
+def _tokens(x: torch.Tensor, order: ExpertOrder | None, products: Products) -> torch.Tensor:
+    """What the products take as tokens: as they come where they gather them, else as rows."""
+    return x if products.gather else _rows(x, order)
 
 
 def _rows(x: torch.Tensor, order: ExpertOrder | None) -> torch.Tensor:

@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import GatedActivation, Ungated, is_relu_squared, is_swiglu
-from automodel.kernels.experts import rows_obstacle
-from automodel.kernels.packages import is_at_least, is_installed
 from automodel.kernels.permute import ExpertOrder
+from automodel.kernels.products import (
+    configuration,
+    product,
+    product_and_activation,
+    product_over_rows,
+    products_obstacle,
+)
 
 
 def sonic_obstacle(
@@ -34,78 +39,13 @@ def sonic_obstacle(
     """Why `sonic_experts` cannot run these experts, or None when it can."""
     if found := products_obstacle(device, dtype, hidden, width):
         return found
-    if _quack_activation(activation) is None:
+    if quack_activation(activation) is None:
         return f"the SonicMoE kernels have no activation {activation}"
     return "the SonicMoE kernels are called without biases" if bias else None
 
 
-def products_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> str | None:
-    """Why QuACK's products cannot run on rows of these sizes, or None when they can."""
-    if device.type != "cuda":
-        return "the SonicMoE kernels need CUDA"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return "the SonicMoE kernels need compute capability 9.0"
-    if not (is_installed("triton") and is_installed("quack") and is_at_least("quack-kernels", 0, 6)):
-        return "the SonicMoE kernels need triton and quack-kernels 0.6, which are not both installed"
-    if dtype != torch.bfloat16:
-        return f"the SonicMoE kernels run in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return rows_obstacle("SonicMoE", dtype, hidden, width)
-
-
-def weight_gradient(
-    tokens: torch.Tensor,
-    rows_MF: torch.Tensor,
-    out_EDF: torch.Tensor,
-    starts_E: torch.Tensor,
-    token_M: torch.Tensor | None,
-    *,
-    halves: bool = False,
-) -> torch.Tensor:
-    """tokens[token of the row].T @ rows, over the rows of each expert, into `out_EDF`; the tokens are read in place.
-
-    Args:
-        tokens, rows_MF: contiguous; without `token_M` both are rows.
-        out_EDF: contiguous, or the transpose of what is.
-        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
-        token_M: int32.
-        halves: the rows have gate and up in turn, `out_EDF` has one after the other.
-    """
-    from quack.gemm_interface import gemm
-
-    return gemm(
-        tokens.mT, rows_MF, out=out_EDF, cu_seqlens_k=starts_E, A_idx=token_M, dynamic_scheduler=False, tuned=False,
-        concat_layout=("out",) if halves else None,
-    )  # fmt: skip
-
-
-def gathered_forward(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    starts_E: torch.Tensor,
-    token_M: torch.Tensor | None,
-    activation: str,
-    *,
-    keeps: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The first projection of every row, gate and up in turn (None without `keeps`), and the rows that come out.
-
-    Args:
-        x: tokens [N, D]; or where `token_M` is None rows [M, D] sorted by expert.
-        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
-        token_M: int32, the token of each row.
-        activation: by QuACK's name.
-    """
-    from quack.gemm_interface import gemm, gemm_act
-
-    h, activated = gemm_act(
-        x, gate_up.mT, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
-        concat_layout=("B",) if activation == "swiglu" else None,
-    )  # fmt: skip
-    return h, gemm(activated, down.mT, cu_seqlens_m=starts_E, tuned=False)
-
-
-def _quack_activation(activation: GatedActivation | Ungated) -> str | None:
+def quack_activation(activation: GatedActivation | Ungated) -> str | None:
+    """QuACK's name of an activation, None where it has none."""
     if is_swiglu(activation):
         return "swiglu"
     return "relu_sq" if is_relu_squared(activation) else None
@@ -119,8 +59,8 @@ class _Plan:
     activation: str
 
     @property
-    def halves(self) -> bool:
-        """Whether the first projection has gate rows and up rows, which QuACK pairs with each other."""
+    def in_turn(self) -> bool:
+        """Whether the first projection comes out with gate and up in turn, as QuACK pairs them with each other."""
         return self.activation == "swiglu"
 
 
@@ -147,7 +87,7 @@ def sonic_experts(
         With `order` [N, D], without [M, D]; in the dtype of `x`.
     """
     starts = F.pad(torch.cumsum(counts_E, 0, dtype=torch.int32), (1, 0))
-    plan = _Plan(order, _quack_activation(activation))
+    plan = _Plan(order, quack_activation(activation))
     out: torch.Tensor = _SonicExperts.apply(x.contiguous(), weight, gate_up_E2FD, down_EDF, starts, plan)
     return out
 
@@ -170,33 +110,35 @@ class _SonicExperts(torch.autograd.Function):
         if order is None:
             x, weight_M = _with_room(x), _with_room(weight_M)
         keeps = any(ctx.needs_input_grad)
-        h, rows = gathered_forward(x, gate_up, down, starts, token_M, plan.activation, keeps=keeps)
+        h, activated = product_and_activation(x, gate_up.mT, starts, plan.activation, token_M, keeps=keeps)
+        rows = product(activated, down.mT, starts, "second")
         ctx.save_for_backward(x, weight_M, h, gate_up, down, starts, token_M)
         return _sum(rows[: ctx.rows], order, weight_M)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from quack.gemm_interface import gemm, gemm_dact
+        from quack.gemm_interface import gemm_dact
 
         x, weight_M, h, gate_up, down, starts, token_M = ctx.saved_tensors
         order, needs = ctx.plan.order, ctx.needs_input_grad
-        by_row = {"cu_seqlens_m": starts, "dynamic_scheduler": False, "tuned": False}
-        halves = ctx.plan.halves
+        in_turn = ctx.plan.in_turn
 
         grad = grad.contiguous() if order is not None else _with_room(grad.contiguous())
         grad_h, activated, grad_weight = gemm_dact(
             grad, down, PreAct=h, activation=ctx.plan.activation, colvec_scale=weight_M, colvec_reduce=True,
-            A_idx=token_M, **by_row,
+            cu_seqlens_m=starts, A_idx=token_M, dynamic_scheduler=False, tuned=False,
+            config=configuration("grad of first"),
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = weight_gradient(grad, activated, down.new_empty(down.shape), starts, token_M)
+            grads[3] = product_over_rows(grad, activated, starts, "grad of second weight", token_M)
         del activated
         if needs[2]:
-            grads[2] = gate_up.new_empty(gate_up.shape)
-            weight_gradient(x, grad_h, grads[2].mT, starts, token_M, halves=halves)
+            grads[2] = product_over_rows(
+                x, grad_h, starts, "grad of first weight", token_M, transposed=True, in_turn=in_turn
+            )
         if needs[0]:
-            rows = gemm(grad_h, gate_up, concat_layout=("B",) if halves else None, **by_row)[: ctx.rows]
+            rows = product(grad_h, gate_up, starts, "grad of rows", in_turn=in_turn)[: ctx.rows]
             grads[0] = rows if order is None else _sum(rows, order)
         if needs[1]:
             shape, dtype = ctx.weight_like

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from automodel.kernels import triton_peers, triton_rows
-from automodel.kernels.experts import grouped, grouped_weight_gradient
+from automodel.kernels.products import Products, products_obstacle
 from automodel.kernels.triton_peers import Placement
 from automodel.kernels.triton_rows import ActivationForm
 from automodel.moe.peers import Peers
@@ -102,10 +102,11 @@ class _ExpertsOfPeers(torch.autograd.Function):
         placement = exchange.send_tokens(x, index, weight, with_expert=biased)
         rows, fetched = exchange.fetch(x, placement, keep=True)
         ends, used = placement.ends_E, placement.ends_E[-1:]
-        h = grouped(rows, gate_up.transpose(-2, -1), ends)
+        products = _products(ends, down)
+        h = products.by_row(rows, gate_up.mT, "first")
         del rows
         activated = triton_rows.activate(h, placement.weight_M, layer.form, gate_up_bias, placement.expert_M, used)
-        rows = grouped(activated, down.transpose(-2, -1), ends)
+        rows = products.by_row(activated, down.mT, "second")
         del activated
         ctx.save_for_backward(
             x, weight, fetched, index, h if exchange.keeps_projected else None, gate_up, down, gate_up_bias, down_bias,
@@ -121,35 +122,41 @@ class _ExpertsOfPeers(torch.autograd.Function):
         placement, layer, needs = Placement(*placed), ctx.layer, ctx.needs_input_grad
         exchange = _Exchange(layer, ctx.tokens, index.shape[1], x)
         scale, ends, used = layer.gradient_scale, placement.ends_E, placement.ends_E[-1:]
+        products = _products(ends, down)
         grads: list[torch.Tensor | None] = [None] * len(needs)
 
         grad = grad.contiguous()
         exchange.send_gradients(grad)
         if h is None:
             rows = exchange.rows_again(x, fetched, placement, 1.0)
-            h = grouped(rows, gate_up.transpose(-2, -1), ends)
+            h = products.by_row(rows, gate_up.mT, "first")
             del rows
         grad_rows, _ = exchange.fetch(grad, placement, keep=False)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
-            h, placement.weight_M, grouped(grad_rows, down, ends), layer.form,
+            h, placement.weight_M, products.by_row(grad_rows, down, "grad of activated"), layer.form,
             gate_up_bias, placement.expert_M, used, scale,
         )  # fmt: skip
         if needs[3]:
-            grads[3] = grouped_weight_gradient(grad_rows, activated, ends)
+            grads[3] = products.over_rows(grad_rows, activated, "grad of second weight")
         if needs[5]:
             grads[5] = triton_rows.sum_by_expert(grad_rows, ends, placement.weight_M) * scale
         if down_bias is not None:
             triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, placement.expert_M, used)
         del grad_rows, activated, h
-        grad_rows = grouped(grad_h, gate_up, ends)
+        grad_rows = products.by_row(grad_h, gate_up, "grad of rows")
         exchange.send_sums(grad_rows, placement, None, grad_weight)
         # Between sending and collecting, so that a process that is late keeps nobody waiting.
         if needs[2]:
-            grads[2] = grouped_weight_gradient(grad_h, exchange.rows_again(x, fetched, placement, scale), ends)
+            rows = exchange.rows_again(x, fetched, placement, scale)
+            grads[2] = products.over_rows(rows, grad_h, "grad of first weight", transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends) * scale
         grads[0], grads[1] = exchange.collect(grad_rows, placement, index, None, grad_weight, weight.dtype)
         return tuple(grads)
+
+
+def _products(ends_E: torch.Tensor, down_EDF: torch.Tensor) -> Products:
+    return Products.of(ends_E, quack=products_obstacle(down_EDF.device, down_EDF.dtype, *down_EDF.shape[1:]) is None)
 
 
 class _Exchange:

@@ -91,16 +91,12 @@ def test_sonic_experts_run_when_asked_for_and_where_they_were_measured_to_win(mo
         resolve_experts(Backend(experts="sonic"), cuda, torch.bfloat16, 64, 64)
 
 
-def test_fused_experts_say_which_products_compute_the_gradients_of_their_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cuda = torch.device("cuda")
+@pytest.mark.parametrize("divided", [False, True])
+def test_fused_experts_say_why_torch_multiplies(monkeypatch: pytest.MonkeyPatch, divided: bool) -> None:
     monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
     monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: "it is Tuesday")
-    found = resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64)
-    assert found == Resolved("fused", "torch's products compute the gradients of the weights: it is Tuesday")
-    # Rows that come from other processes come sorted: there is nothing to gather.
-    assert resolve_experts(Backend(), cuda, torch.bfloat16, 64, 64, divided=True) == Resolved("fused")
+    found = resolve_experts(Backend(), torch.device("cuda"), torch.bfloat16, 64, 64, divided=divided)
+    assert found == Resolved("fused", "torch's grouped products multiply: it is Tuesday")
 
 
 def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows() -> None:

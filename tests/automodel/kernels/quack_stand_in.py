@@ -9,12 +9,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from automodel.kernels.products import configuration
+
+
+@dataclass
+class GemmConfig:
+    """The parts of QuACK's that are named here."""
+
+    tile_m: int
+    tile_n: int
+    pingpong: bool
+    cluster_m: int
+    cluster_n: int
+    is_dynamic_persistent: bool
 
 
 class Products:
@@ -23,15 +38,18 @@ class Products:
     def __init__(self) -> None:
         self.shapes: set[tuple[torch.Size, torch.Size]] = set()
 
-    def gemm(
-        self, A: Tensor, B: Tensor, out: Tensor | None = None, *, cu_seqlens_m: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None, A_idx: Tensor | None = None, dynamic_scheduler: bool = False,
-        tuned: bool = True, concat_layout: tuple[str, ...] | None = None,
-    ) -> Tensor:  # fmt: skip
+    def gemm_tuned(
+        self, A: Tensor, B: Tensor, out: Tensor, *, cu_seqlens_m: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None, A_idx: Tensor | None = None, config: GemmConfig,
+        concat_layout: tuple[str, ...] | None = None,
+    ) -> None:  # fmt: skip
         """x @ w[e] for the rows of each e, or x.T @ y over the rows of each e."""
         if cu_seqlens_m is not None:
-            return self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, concat_layout)
-        self._check(A, B, cu_seqlens_k, A_idx, dynamic_scheduler, tuned)
+            made = self._by_row(A, B, cu_seqlens_m, A_idx, config, concat_layout)
+            assert out.shape == made.shape
+            out.copy_(made)
+            return
+        self._check(A, B, cu_seqlens_k, A_idx, config)
         assert A.stride(-2) == 1 or not A.numel(), "varlen_k requires A to be m-major"
         assert B.stride(-1) == 1, "varlen_k requires B to be n-major"
         assert out.shape == (len(cu_seqlens_k) - 1, A.shape[0], B.shape[1])
@@ -43,24 +61,28 @@ class Products:
                 assert out.stride(-2) == 1, "halves are along the dimension that is not contiguous"
                 product = torch.cat([product[:, ::2], product[:, 1::2]], -1)
             out[e] = product
-        return out
 
     def gemm_act(
         self, A: Tensor, B: Tensor, *, activation: str, cu_seqlens_m: Tensor, A_idx: Tensor | None = None,
-        store_preact: bool = True, dynamic_scheduler: bool = False, tuned: bool = True,
+        store_preact: bool = True, dynamic_scheduler: bool = False, tuned: bool = True, config: GemmConfig,
         concat_layout: tuple[str, ...] | None = None,
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """The product, gate and up in turn, and the activation of it."""
-        h = self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, concat_layout)
+        assert not tuned
+        assert not dynamic_scheduler
+        h = self._by_row(A, B, cu_seqlens_m, A_idx, config, concat_layout)
         return h if store_preact else None, _activated(h, activation)
 
     def gemm_dact(
         self, A: Tensor, B: Tensor, PreAct: Tensor, activation: str, *, colvec_scale: Tensor, colvec_reduce: bool,
         cu_seqlens_m: Tensor, A_idx: Tensor | None = None, dynamic_scheduler: bool = True, tuned: bool = True,
+        config: GemmConfig,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The gradient of `PreAct` where the product is that of the activation before it was scaled, the scaled
         activation, and the dot products of both."""
-        grad = self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, None)
+        assert not tuned
+        assert not dynamic_scheduler
+        grad = self._by_row(A, B, cu_seqlens_m, A_idx, config, None)
         assert len(PreAct) == len(colvec_scale) == len(grad)
         assert colvec_scale.dtype == torch.float32
         assert colvec_reduce
@@ -73,10 +95,10 @@ class Products:
         return grad_h.to(A.dtype), (activated * colvec_scale.unsqueeze(1)).to(A.dtype), reduced
 
     def _by_row(
-        self, A: Tensor, B: Tensor, cu_seqlens_m: Tensor, A_idx: Tensor | None, dynamic_scheduler: bool, tuned: bool,
+        self, A: Tensor, B: Tensor, cu_seqlens_m: Tensor, A_idx: Tensor | None, config: GemmConfig,
         concat_layout: tuple[str, ...] | None,
     ) -> Tensor:  # fmt: skip
-        self._check(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned)
+        self._check(A, B, cu_seqlens_m, A_idx, config)
         self.shapes.add((A.shape, B.shape))
         assert A.stride(-1) == 1 or not A.numel(), "varlen_m: A is (total_m, k), k-major"
         assert B.ndim == 3
@@ -92,9 +114,9 @@ class Products:
         return out
 
     @staticmethod
-    def _check(A: Tensor, B: Tensor, starts: Tensor, A_idx: Tensor | None, dynamic: bool, tuned: bool) -> None:
-        assert not tuned, "tuning runs every configuration, and waits for the device, at each new number of rows"
-        assert not dynamic, "rows are not gathered under a dynamic scheduler on compute capability 9.0"
+    def _check(A: Tensor, B: Tensor, starts: Tensor, A_idx: Tensor | None, config: GemmConfig) -> None:
+        assert A_idx is None or not config.is_dynamic_persistent, "not on compute capability 9.0"
+        assert A_idx is None or config.cluster_n == 1, "rows are gathered by clusters along them"
         assert A.ndim == 2
         assert A.dtype == B.dtype
         assert starts.dtype == torch.int32
@@ -105,13 +127,18 @@ class Products:
 def installed_quack() -> Iterator[Products]:
     """The stand-in under QuACK's name, whether or not that is installed."""
     products = Products()
-    module = ModuleType("quack.gemm_interface")
-    module.gemm, module.gemm_act, module.gemm_dact = products.gemm, products.gemm_act, products.gemm_dact
-    before = {name: sys.modules.get(name) for name in ("quack", "quack.gemm_interface")}
-    sys.modules.update({"quack": ModuleType("quack"), "quack.gemm_interface": module})
+    modules = {name: ModuleType(name) for name in ("quack", "quack.gemm_config", "quack.gemm_interface")}
+    modules["quack.gemm_config"].GemmConfig = GemmConfig
+    interface = modules["quack.gemm_interface"]
+    interface.gemm_tuned = SimpleNamespace(fn=products.gemm_tuned)
+    interface.gemm_act, interface.gemm_dact = products.gemm_act, products.gemm_dact
+    before = {name: sys.modules.get(name) for name in modules}
+    configuration.cache_clear()
+    sys.modules.update(modules)
     try:
         yield products
     finally:
+        configuration.cache_clear()
         for name, old in before.items():
             sys.modules.pop(name)
             if old is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import fields
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedAct
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.kernels.sonic import sonic_experts, sonic_obstacle
-from tests.automodel.kernels.quack_stand_in import Products, installed_quack
+from tests.automodel.kernels.quack_stand_in import GemmConfig, Products, installed_quack
 
 on_gpu = torch.cuda.is_available()
 DEVICE = "cuda" if on_gpu else "cpu"
@@ -129,7 +130,7 @@ def test_few_shapes_are_met_however_many_rows_come(products: Products | None) ->
 )
 def test_what_it_cannot_run_it_says(changed: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("is_installed", "is_at_least"):
-        monkeypatch.setattr(f"automodel.kernels.sonic.{name}", lambda *_: True)
+        monkeypatch.setattr(f"automodel.kernels.products.{name}", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "hidden": 64, "width": 64, "activation": SWIGLU}
     assert sonic_obstacle(**asked) is None
@@ -139,7 +140,12 @@ def test_what_it_cannot_run_it_says(changed: dict[str, object], said: str, monke
 
 
 def test_quack_has_the_arguments_of_its_stand_in() -> None:
-    interface = pytest.importorskip("quack.gemm_interface") if on_gpu else pytest.skip("needs QuACK itself")
-    for name in ("gemm", "gemm_act", "gemm_dact"):
-        theirs = inspect.signature(getattr(interface, name)).parameters
-        assert set(inspect.signature(getattr(Products, name)).parameters) - {"self"} <= set(theirs)
+    if not on_gpu:
+        pytest.skip("needs QuACK itself")
+    from quack import gemm_config
+    from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned
+
+    for name, theirs in {"gemm_tuned": gemm_tuned.fn, "gemm_act": gemm_act, "gemm_dact": gemm_dact}.items():
+        ours = inspect.signature(getattr(Products, name)).parameters
+        assert set(ours) - {"self"} <= set(inspect.signature(theirs).parameters)
+    assert {field.name for field in fields(GemmConfig)} <= {field.name for field in fields(gemm_config.GemmConfig)}

@@ -1,0 +1,177 @@
+"""Grouped matrix products over rows sorted by expert: QuACK's, which gather the tokens they read, or torch's.
+
+QuACK's are called in the configurations of `measured.TILES`. Legend: N tokens, M rows, I and O columns, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from automodel.kernels import measured
+from automodel.kernels.experts import grouped, grouped_weight_gradient, rows_obstacle
+from automodel.kernels.measured import Product
+from automodel.kernels.packages import is_at_least, is_installed
+
+
+def products_obstacle(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> str | None:
+    """Why QuACK's products cannot run on rows of these sizes, or None when they can."""
+    if device.type != "cuda":
+        return "QuACK's products need CUDA"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "QuACK's products need compute capability 9.0"
+    if not (is_installed("triton") and is_installed("quack") and is_at_least("quack-kernels", 0, 6)):
+        return "QuACK's products need triton and quack-kernels 0.6, which are not both installed"
+    if dtype != torch.bfloat16:
+        return f"QuACK's products run in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return rows_obstacle("QuACK", dtype, hidden, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The products of one layer's rows.
+
+    Attributes:
+        ends_E: int32, where the rows of each expert end.
+        starts_E: int32 [E + 1], the same after a zero, for QuACK's products; None for torch's.
+        token_M: int32, the token of each row, where QuACK's products gather tokens.
+    """
+
+    ends_E: torch.Tensor
+    starts_E: torch.Tensor | None
+    token_M: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, ends_E: torch.Tensor, *, quack: bool, token_M: torch.Tensor | None = None) -> Products:
+        """QuACK's or torch's."""
+        if not quack:
+            return cls(ends_E, None)
+        return cls(ends_E, F.pad(ends_E, (1, 0)), None if token_M is None else token_M.int())
+
+    @property
+    def gather(self) -> bool:
+        """Whether what is called tokens below are tokens [N, I]; else they are rows [M, I] all the same."""
+        return self.token_M is not None
+
+    def by_row(self, x: torch.Tensor, weight_EIO: torch.Tensor, what: Product) -> torch.Tensor:
+        """x @ w[e] for the rows of each expert e: [M, O]. The first product and the gradient of the second read tokens,
+        as above; the others read rows."""
+        if self.starts_E is None:
+            return grouped(x, weight_EIO, self.ends_E)
+        token_M = self.token_M if what in ("first", "grad of activated") else None
+        return product(x, weight_EIO, self.starts_E, what, token_M)
+
+    def over_rows(
+        self, tokens: torch.Tensor, rows_MO: torch.Tensor, what: Product, *, transposed: bool = False
+    ) -> torch.Tensor:
+        """tokens.T @ rows over the rows of each expert: [E, I, O], or `transposed` [E, O, I]; contiguous."""
+        if self.starts_E is None:
+            both = (rows_MO, tokens) if transposed else (tokens, rows_MO)
+            return grouped_weight_gradient(*both, self.ends_E)
+        return product_over_rows(tokens, rows_MO, self.starts_E, what, self.token_M, transposed=transposed)
+
+
+def product(
+    x: torch.Tensor,
+    weight_EIO: torch.Tensor,
+    starts_E: torch.Tensor,
+    what: Product,
+    token_M: torch.Tensor | None = None,
+    *,
+    in_turn: bool = False,
+) -> torch.Tensor:
+    """x @ w[e] for the rows of each expert e, by QuACK: [M, O].
+
+    Args:
+        x: rows [M, I]; with `token_M` tokens [N, I]. Contiguous.
+        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
+        token_M: int32.
+        in_turn: the columns of `x` have gate and up in turn, and the weights have one after the other.
+    """
+    from quack.gemm_interface import gemm_tuned
+
+    out = x.new_empty(len(x if token_M is None else token_M), weight_EIO.shape[-1])
+    if out.numel():
+        gemm_tuned.fn(
+            x, weight_EIO, out, cu_seqlens_m=starts_E, A_idx=token_M, config=configuration(what),
+            concat_layout=("B",) if in_turn else None,
+        )  # fmt: skip
+    return out
+
+
+def product_and_activation(
+    x: torch.Tensor,
+    weight_EIO: torch.Tensor,
+    starts_E: torch.Tensor,
+    activation: str,
+    token_M: torch.Tensor | None = None,
+    *,
+    keeps: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """`product`, with gate and up in turn where there are both (None without `keeps`), and the activation of it.
+
+    Args:
+        weight_EIO: all columns of the gate, then all of up.
+        activation: by QuACK's name.
+    """
+    from quack.gemm_interface import gemm_act
+
+    made: tuple[torch.Tensor | None, torch.Tensor] = gemm_act(
+        x, weight_EIO, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
+        config=configuration("first"), concat_layout=("B",) if activation == "swiglu" else None,
+    )  # fmt: skip
+    return made
+
+
+def product_over_rows(
+    tokens: torch.Tensor,
+    rows_MO: torch.Tensor,
+    starts_E: torch.Tensor,
+    what: Product,
+    token_M: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
+    in_turn: bool = False,
+) -> torch.Tensor:
+    """tokens[token of the row].T @ rows, over the rows of each expert, by QuACK: [E, I, O].
+
+    Args:
+        tokens, rows_MO: contiguous; without `token_M` both are rows.
+        starts_E, token_M: as for `product`.
+        transposed: the result is [E, O, I].
+        in_turn: the rows have gate and up in turn, the result has one after the other.
+
+    Returns:
+        A contiguous tensor.
+    """
+    from quack.gemm_interface import gemm_tuned
+
+    experts, sizes = len(starts_E) - 1, (tokens.shape[1], rows_MO.shape[1])
+    out = tokens.new_empty(experts, *(reversed(sizes) if transposed else sizes))
+    if not len(rows_MO):
+        return out.zero_()
+    gemm_tuned.fn(
+        tokens.mT, rows_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, A_idx=token_M,
+        config=configuration(what), concat_layout=("out",) if in_turn else None,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def configuration(what: Product) -> Any:
+    """QuACK's name for how it cuts a product."""
+    from quack.gemm_config import GemmConfig
+
+    tile = measured.TILES[what]
+    return GemmConfig(
+        tile_m=tile.rows,
+        tile_n=tile.columns,
+        pingpong=tile.alternating,
+        cluster_m=tile.cluster[0],
+        cluster_n=tile.cluster[1],
+        is_dynamic_persistent=False,
+    )
