@@ -48,8 +48,9 @@ class Backend:
 
     Attributes:
         experts: `"torch"` loops over experts, `"grouped_mm"` multiplies all of them in one call, `"fused"` also has
-            Triton kernels around the products, `"sonic"` is SonicMoE's products, which do that work themselves, `"te"`
-            runs TransformerEngine's products, an expert at a time. `"auto"` goes by `measured.sonic_wins`.
+            Triton kernels around the products, which are QuACK's where that is installed, `"sonic"` is SonicMoE's
+            products, which do all of that work themselves, `"te"` runs TransformerEngine's products, an expert at a
+            time.
         dispatch: how tokens reach experts on other processes: `"all_to_all"` through collectives between which the
             host waits for the device, `"symmetric"` through memory that GPUs of one host read from each other,
             `"deepep"` through DeepEP, which was measured to take longer.

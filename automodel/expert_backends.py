@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from automodel.backends import Backend, DispatchKernel, Resolved, named_or_fastest, refuse
-from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, GatedActivation, Ungated
 from automodel.kernels.choice import fused_choice_obstacle
 from automodel.kernels.experts import ExpertsKernel, fused_obstacle, grouped_mm_obstacle
@@ -28,12 +27,10 @@ def resolve_experts(
     activation: GatedActivation | Ungated = SWIGLU,
     *,
     bias: bool = False,
-    divided: bool = False,
 ) -> Resolved[ExpertsKernel]:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
     Args:
-        divided: whether processes divide the experts; symmetric dispatch is part of the fused kernel.
 
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
@@ -50,8 +47,6 @@ def resolve_experts(
             refuse("experts", backend.experts, found)
         return Resolved(backend.experts, "" if backend.experts in WEIGHING else "asked for")
     wanted: list[ExpertsKernel] = ["fused", "grouped_mm"]
-    if not divided and measured.sonic_wins(activation) and obstacles["fused"]() is None:
-        wanted.insert(0, "sonic")
     reason = ""
     for kernel in wanted:
         found = obstacles[kernel]()

@@ -32,7 +32,7 @@ from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned
 
 from automodel.kernels.activations import Ungated
 from automodel.kernels.permute import sort_by_expert
-from automodel.kernels.sonic import quack_activation
+from automodel.kernels.triton_rows import activation_form
 
 COOPERATIVE = ((256, 128), (256, 160), (256, 192), (128, 224), (128, 256))
 PINGPONG = ((128, 128), (128, 160), (128, 192), (192, 128))
@@ -93,7 +93,7 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
     x, grad = random(tokens, hidden), random(tokens, hidden)
     rows_x, rows_grad = x[order.token_M], grad[order.token_M]
     h, activated = random(len(token), first), random(len(token), width)
-    weight, activation = torch.rand(len(token), device=DEVICE), quack_activation(shape.activation)
+    weight, activation = torch.rand(len(token), device=DEVICE), activation_form(shape.activation).quack
     gate_up, down = random(shape.experts, first, hidden), random(shape.experts, hidden, width)
 
     def by_row(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor | None, config: GemmConfig | None) -> None:
@@ -124,39 +124,20 @@ def _cases(shape: Shape, tokens: int) -> Iterator[Case]:
         return torch._grouped_mm(a, b, offs=ends)
 
     work = 2 * len(token) * hidden
-    yield Case(
-        "first", work * first, partial(torch_rows, rows_x, gate_up.mT), partial(by_row, x, gate_up.mT, token), True
-    )
+    first_product, grad_product = partial(torch_rows, rows_x, gate_up.mT), partial(torch_rows, rows_grad, down)
+    yield Case("first", work * first, first_product, partial(by_row, x, gate_up.mT, token), True)
+    yield Case("first of rows", work * first, first_product, partial(by_row, rows_x, gate_up.mT, None), False)
     if activation:
-        torchs = partial(torch_rows, rows_x, gate_up.mT)
-        yield Case("first with activation", work * first, torchs, with_activation, True)
-        torchs = partial(torch_rows, rows_grad, down)
-        yield Case("grad of first", work * width, torchs, with_derivative, True)
-    yield Case(
-        "second",
-        work * width,
-        partial(torch_rows, activated, down.mT),
-        partial(by_row, activated, down.mT, None),
-        False,
-    )
-    yield Case(
-        "grad of activated",
-        work * width,
-        partial(torch_rows, rows_grad, down),
-        partial(by_row, grad, down, token),
-        True,
-    )
+        yield Case("first with activation", work * first, first_product, with_activation, True)
+        yield Case("grad of first", work * width, grad_product, with_derivative, True)
+    second_product = partial(torch_rows, activated, down.mT)
+    yield Case("second", work * width, second_product, partial(by_row, activated, down.mT, None), False)
+    yield Case("grad of activated", work * width, grad_product, partial(by_row, grad, down, token), True)
+    yield Case("grad of activated of rows", work * width, grad_product, partial(by_row, rows_grad, down, None), False)
     yield Case("grad of rows", work * first, partial(torch_rows, h, gate_up), partial(by_row, h, gate_up, None), False)
-    yield Case(
-        "grad of first weight", work * first, partial(torch_weights, h, rows_x), partial(over_rows, x, h, gate_up), True
-    )
-    yield Case(
-        "grad of second weight",
-        work * width,
-        partial(torch_weights, rows_grad, activated),
-        partial(over_rows, grad, activated, down),
-        True,
-    )
+    first_weight, second_weight = partial(over_rows, x, h, gate_up), partial(over_rows, grad, activated, down)
+    yield Case("grad of first weight", work * first, partial(torch_weights, h, rows_x), first_weight, True)
+    yield Case("grad of second weight", work * width, partial(torch_weights, rows_grad, activated), second_weight, True)
 
 
 def _measured(case: Case, rounds: int, wanted: list[str]) -> list[dict[str, Any]]:

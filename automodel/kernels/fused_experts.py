@@ -18,7 +18,7 @@ from automodel.kernels import triton_rows
 from automodel.kernels.experts import expert_of_row
 from automodel.kernels.permute import ExpertOrder
 from automodel.kernels.products import Products, product_and_activation, products_obstacle
-from automodel.kernels.triton_rows import SWIGLU_FORM, ActivationForm
+from automodel.kernels.triton_rows import ActivationForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class _Plan:
     order: ExpertOrder | None
     form: ActivationForm
     quack: bool
-    """Whether QuACK's products multiply. Where they apply SwiGLU, too, gate and up come in turn, as `form` says."""
+    """Whether QuACK's products multiply."""
+    activation: str | None
+    """QuACK's name of it, where the first product applies it; gate and up then come in turn, as `form` says."""
 
     def products(self, ends_E: torch.Tensor) -> Products:
         return Products.of(ends_E, quack=self.quack, token_M=None if self.order is None else self.order.token_M)
@@ -59,8 +61,8 @@ def fused_experts(
     """
     ends_E = torch.cumsum(counts_E, 0, dtype=torch.int32)
     quack = order is not None and products_obstacle(x.device, x.dtype, *down_EDF.shape[1:]) is None
-    plain = form == SWIGLU_FORM and gate_up_bias_E2F is None and down_bias_ED is None
-    plan = _Plan(order, replace(form, in_turn=quack and plain), quack)
+    activation = form.quack if quack and gate_up_bias_E2F is None and down_bias_ED is None else None
+    plan = _Plan(order, replace(form, in_turn=activation == "swiglu"), quack, activation)
     out: torch.Tensor = _FusedExperts.apply(
         x.contiguous(), weight, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, ends_E, plan
     )
@@ -85,16 +87,16 @@ class _FusedExperts(torch.autograd.Function):
         expert = expert_of_row(ends, len(weight_M)) if biased else None
         ctx.plan, ctx.weight_like = plan, (weight.shape, weight.dtype)
         products = plan.products(ends)
-        if plan.form.in_turn:
+        if plan.activation is not None:
             keeps = any(ctx.needs_input_grad)
             starts, token = products.starts_E, products.token_M
-            h, activated = product_and_activation(x, gate_up.mT, starts, "swiglu", token, keeps=keeps)
-            rows = products.by_row(activated, down.mT, "second")
+            h, activated = product_and_activation(x, gate_up.mT, starts, plan.activation, token, keeps=keeps)
+            rows = products.by_row(activated, down.mT)
             out = triton_rows.sum_rows(rows, plan.order.inverse_M, plan.order.top_k, factor=weight_M)
         else:
-            h = products.by_row(_tokens(x, plan.order, products), gate_up.mT, "first")
+            h = products.by_token(_tokens(x, plan.order, products), gate_up.mT)
             activated = triton_rows.activate(h, weight_M, plan.form, gate_up_bias, expert)
-            rows = products.by_row(activated, down.mT, "second")
+            rows = products.by_row(activated, down.mT)
             out = _sum(rows, plan.order, weight_M, down_bias, expert)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert)
         return out
@@ -107,11 +109,11 @@ class _FusedExperts(torch.autograd.Function):
         grad = grad.contiguous()
         grad_in = _tokens(grad, order, products)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
-            h, weight_M, products.by_row(grad_in, down, "grad of activated"), form, gate_up_bias, expert
+            h, weight_M, products.by_token(grad_in, down), form, gate_up_bias, expert
         )
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = products.over_rows(grad_in, activated, "grad of second weight")
+            grads[3] = products.over_rows(grad_in, activated)
         if down_bias is not None:
             grad_rows = _rows(grad, order) if products.gather else grad_in
             if needs[5]:
@@ -121,11 +123,11 @@ class _FusedExperts(torch.autograd.Function):
             del grad_rows
         del grad_in, activated
         if needs[2]:
-            grads[2] = products.over_rows(_tokens(x, order, products), grad_h, "grad of first weight", transposed=True)
+            grads[2] = products.over_rows(_tokens(x, order, products), grad_h, transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends)
         if needs[0]:
-            grads[0] = _sum(products.by_row(grad_h, gate_up, "grad of rows"), order)
+            grads[0] = _sum(products.by_row(grad_h, gate_up), order)
         if needs[1]:
             shape, dtype = ctx.weight_like
             by_pair = grad_weight if order is None else grad_weight[order.inverse_M]

@@ -6,9 +6,8 @@ All are times of forward and backward in BF16 on one H200, with torch 2.11 and C
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from automodel.kernels.activations import GatedActivation, Ungated, is_relu_squared
 from automodel.kernels.te import LinearKernel
 
 ATTENTION = {
@@ -42,50 +41,35 @@ torch's takes 0.125 (8192 x 2048), because of the host: within a CUDA graph 0.05
 and torch's norm is fused with what surrounds it."""
 
 
-Product = Literal[
-    "first", "second", "grad of first", "grad of activated", "grad of rows", "grad of first weight",
-    "grad of second weight",
-]  # fmt: skip
-"""The grouped products of an expert block; `grad of first` is `grad of activated` with the activation's derivative."""
-
-
 class Tile(NamedTuple):
-    """How QuACK cuts a product: what a block computes at once, whether two groups of warps take such tiles in turn
-    (`alternating`) or halves of each, and how many blocks of a cluster share what they read."""
+    """How QuACK cuts a product: what a block computes at once, whether its two groups of warps take such tiles in turn
+    (`alternating`) or half of each, and how many blocks share what they read of the second factor."""
 
     rows: int
     columns: int
     alternating: bool
-    cluster: tuple[int, int]
+    sharing: int
 
 
-TILES: dict[Product, Tile] = {
-    # milliseconds, of QuACK's default, of torch: with 131,072 rows; with 32,768
-    "first": Tile(128, 256, False, (1, 1)),  # 1.494, 1.539, 1.586; 0.504, 0.564, 0.491, with SwiGLU in QuACK's
-    "second": Tile(128, 192, True, (1, 1)),  # 0.676, 0.741, 0.983; 0.225, 0.256, 0.334
-    "grad of first": Tile(128, 192, True, (2, 1)),
-    "grad of activated": Tile(128, 256, False, (1, 1)),  # 0.722, 0.771, 0.837; 0.279, 0.300, 0.257
-    "grad of rows": Tile(128, 128, True, (1, 2)),  # 1.405, 1.512, 1.746; 0.430, 0.495, 0.578
-    "grad of first weight": Tile(128, 192, True, (1, 1)),  # 1.495, 1.508, 1.619; 0.500, 0.506, 0.646
-    "grad of second weight": Tile(128, 256, False, (1, 1)),  # 0.815, 0.815, 0.834; 0.269, 0.270, 0.328
-}
-"""The fastest cuts of QuACK's products, among those of `benchmarks/grouped_products.py` (quack-kernels 0.6.5), over 128
-experts of Qwen3-30B-A3B, unevenly. torch's products are timed with their rows gathered before."""
+GATHERING_TILE = Tile(128, 256, alternating=False, sharing=1)
+"""Of products whose rows are gathered: the fastest or within 3 % of it in 7 of 8 cases of
+`benchmarks/grouped_products.py`, over the experts of Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano, 128 to 1,024 rows
+each, unevenly. With 1,024, 0.72 ms where QuACK's default takes 0.77, and torch 0.84 after gathering them."""
+
+
+def tile(rows: int, experts: int) -> Tile:
+    """Of the other products.
+
+    With 1,024 rows an expert of Qwen3-30B-A3B the fastest take 1.38 ms with two blocks that share and 1.45 without,
+    torch 1.75; with 256 rows 0.49 and 0.45, torch 0.58. It is alike with the other models, and for gradients of weights
+    (`benchmarks/grouped_products.py`, quack-kernels 0.6.5).
+    """
+    return Tile(128, 192, alternating=True, sharing=2 if rows >= 512 * experts else 1)
 
 
 def by_speed(*kernels: str) -> list[str]:
     """Attention kernels, the fastest first; of equals the one that is named first."""
     return sorted(kernels, key=ATTENTION.__getitem__)
-
-
-def sonic_wins(activation: GatedActivation | Ungated) -> bool:
-    """Whether SonicMoE's products were faster than the fused experts, with all experts in one process.
-
-    They were for squared ReLU, at the widths of Nemotron-3-Nano: 4.08 and 4.85 ms for 4,096 tokens, 11.05 and 12.27 for
-    16,384. With SwiGLU, at the widths of Qwen3-30B-A3B, they take as long: 2.68 and 2.61, 7.51 and 7.53
-    (`benchmarks/experts.py`).
-    """
-    return is_relu_squared(activation)
 
 
 def fp8_rows(kernel: LinearKernel, values_in: int, values_out: int) -> int | None:

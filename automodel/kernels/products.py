@@ -1,6 +1,6 @@
 """Grouped matrix products over rows sorted by expert: QuACK's, which gather the tokens they read, or torch's.
 
-QuACK's are called in the configurations of `measured.TILES`. Legend: N tokens, M rows, I and O columns, E experts.
+QuACK's are called in the cuts that `measured` tells. Legend: N tokens, M rows, I and O columns, E experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from automodel.kernels import measured
 from automodel.kernels.experts import grouped, grouped_weight_gradient, rows_obstacle
-from automodel.kernels.measured import Product
+from automodel.kernels.measured import Tile
 from automodel.kernels.packages import is_at_least, is_installed
 
 
@@ -57,29 +57,30 @@ class Products:
         """Whether what is called tokens below are tokens [N, I]; else they are rows [M, I] all the same."""
         return self.token_M is not None
 
-    def by_row(self, x: torch.Tensor, weight_EIO: torch.Tensor, what: Product) -> torch.Tensor:
-        """x @ w[e] for the rows of each expert e: [M, O]. The first product and the gradient of the second read tokens,
-        as above; the others read rows."""
+    def by_token(self, tokens: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
+        """token @ w[e] for the rows of each expert e: [M, O]."""
         if self.starts_E is None:
-            return grouped(x, weight_EIO, self.ends_E)
-        token_M = self.token_M if what in ("first", "grad of activated") else None
-        return product(x, weight_EIO, self.starts_E, what, token_M)
+            return grouped(tokens, weight_EIO, self.ends_E)
+        return product(tokens, weight_EIO, self.starts_E, self.token_M)
 
-    def over_rows(
-        self, tokens: torch.Tensor, rows_MO: torch.Tensor, what: Product, *, transposed: bool = False
-    ) -> torch.Tensor:
+    def by_row(self, rows_MI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
+        """row @ w[e] for the rows of each expert e: [M, O]."""
+        if self.starts_E is None:
+            return grouped(rows_MI, weight_EIO, self.ends_E)
+        return product(rows_MI, weight_EIO, self.starts_E)
+
+    def over_rows(self, tokens: torch.Tensor, rows_MO: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
         """tokens.T @ rows over the rows of each expert: [E, I, O], or `transposed` [E, O, I]; contiguous."""
         if self.starts_E is None:
             both = (rows_MO, tokens) if transposed else (tokens, rows_MO)
             return grouped_weight_gradient(*both, self.ends_E)
-        return product_over_rows(tokens, rows_MO, self.starts_E, what, self.token_M, transposed=transposed)
+        return product_over_rows(tokens, rows_MO, self.starts_E, self.token_M, transposed=transposed)
 
 
 def product(
     x: torch.Tensor,
     weight_EIO: torch.Tensor,
     starts_E: torch.Tensor,
-    what: Product,
     token_M: torch.Tensor | None = None,
     *,
     in_turn: bool = False,
@@ -97,8 +98,8 @@ def product(
     out = x.new_empty(len(x if token_M is None else token_M), weight_EIO.shape[-1])
     if out.numel():
         gemm_tuned.fn(
-            x, weight_EIO, out, cu_seqlens_m=starts_E, A_idx=token_M, config=configuration(what),
-            concat_layout=("B",) if in_turn else None,
+            x, weight_EIO, out, cu_seqlens_m=starts_E, A_idx=token_M, concat_layout=("B",) if in_turn else None,
+            config=configuration_by_row(len(out), starts_E, token_M),
         )  # fmt: skip
     return out
 
@@ -120,9 +121,10 @@ def product_and_activation(
     """
     from quack.gemm_interface import gemm_act
 
+    rows = len(x if token_M is None else token_M)
     made: tuple[torch.Tensor | None, torch.Tensor] = gemm_act(
         x, weight_EIO, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
-        config=configuration("first"), concat_layout=("B",) if activation == "swiglu" else None,
+        config=configuration_by_row(rows, starts_E, token_M), concat_layout=("B",) if activation == "swiglu" else None,
     )  # fmt: skip
     return made
 
@@ -131,7 +133,6 @@ def product_over_rows(
     tokens: torch.Tensor,
     rows_MO: torch.Tensor,
     starts_E: torch.Tensor,
-    what: Product,
     token_M: torch.Tensor | None = None,
     *,
     transposed: bool = False,
@@ -156,22 +157,26 @@ def product_over_rows(
         return out.zero_()
     gemm_tuned.fn(
         tokens.mT, rows_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, A_idx=token_M,
-        config=configuration(what), concat_layout=("out",) if in_turn else None,
+        config=configuration(measured.tile(len(rows_MO), experts)), concat_layout=("out",) if in_turn else None,
     )  # fmt: skip
     return out
 
 
+def configuration_by_row(rows: int, starts_E: torch.Tensor, token_M: torch.Tensor | None) -> Any:
+    """How QuACK is to cut a product of so many rows, which it gathers where `token_M` is given."""
+    return configuration(measured.tile(rows, len(starts_E) - 1) if token_M is None else measured.GATHERING_TILE)
+
+
 @cache
-def configuration(what: Product) -> Any:
-    """QuACK's name for how it cuts a product."""
+def configuration(tile: Tile) -> Any:
+    """QuACK's name for it."""
     from quack.gemm_config import GemmConfig
 
-    tile = measured.TILES[what]
     return GemmConfig(
         tile_m=tile.rows,
         tile_n=tile.columns,
         pingpong=tile.alternating,
-        cluster_m=tile.cluster[0],
-        cluster_n=tile.cluster[1],
+        cluster_m=tile.sharing,
+        cluster_n=1,
         is_dynamic_persistent=False,
     )

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels.activations import GatedActivation, Ungated, is_relu_squared, is_swiglu
+from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.permute import ExpertOrder
 from automodel.kernels.products import (
-    configuration,
+    configuration_by_row,
     product,
     product_and_activation,
     product_over_rows,
@@ -39,16 +39,12 @@ def sonic_obstacle(
     """Why `sonic_experts` cannot run these experts, or None when it can."""
     if found := products_obstacle(device, dtype, hidden, width):
         return found
-    if quack_activation(activation) is None:
+    from automodel.kernels.triton_rows import activation_form
+
+    form = activation_form(activation)
+    if form is None or form.quack is None:
         return f"the SonicMoE kernels have no activation {activation}"
     return "the SonicMoE kernels are called without biases" if bias else None
-
-
-def quack_activation(activation: GatedActivation | Ungated) -> str | None:
-    """QuACK's name of an activation, None where it has none."""
-    if is_swiglu(activation):
-        return "swiglu"
-    return "relu_sq" if is_relu_squared(activation) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +82,10 @@ def sonic_experts(
     Returns:
         With `order` [N, D], without [M, D]; in the dtype of `x`.
     """
+    from automodel.kernels.triton_rows import activation_form
+
     starts = F.pad(torch.cumsum(counts_E, 0, dtype=torch.int32), (1, 0))
-    plan = _Plan(order, quack_activation(activation))
+    plan = _Plan(order, activation_form(activation).quack)
     out: torch.Tensor = _SonicExperts.apply(x.contiguous(), weight, gate_up_E2FD, down_EDF, starts, plan)
     return out
 
@@ -111,7 +109,7 @@ class _SonicExperts(torch.autograd.Function):
             x, weight_M = _with_room(x), _with_room(weight_M)
         keeps = any(ctx.needs_input_grad)
         h, activated = product_and_activation(x, gate_up.mT, starts, plan.activation, token_M, keeps=keeps)
-        rows = product(activated, down.mT, starts, "second")
+        rows = product(activated, down.mT, starts)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, starts, token_M)
         return _sum(rows[: ctx.rows], order, weight_M)
 
@@ -127,18 +125,16 @@ class _SonicExperts(torch.autograd.Function):
         grad_h, activated, grad_weight = gemm_dact(
             grad, down, PreAct=h, activation=ctx.plan.activation, colvec_scale=weight_M, colvec_reduce=True,
             cu_seqlens_m=starts, A_idx=token_M, dynamic_scheduler=False, tuned=False,
-            config=configuration("grad of first"),
+            config=configuration_by_row(len(h), starts, token_M),
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = product_over_rows(grad, activated, starts, "grad of second weight", token_M)
+            grads[3] = product_over_rows(grad, activated, starts, token_M)
         del activated
         if needs[2]:
-            grads[2] = product_over_rows(
-                x, grad_h, starts, "grad of first weight", token_M, transposed=True, in_turn=in_turn
-            )
+            grads[2] = product_over_rows(x, grad_h, starts, token_M, transposed=True, in_turn=in_turn)
         if needs[0]:
-            rows = product(grad_h, gate_up, starts, "grad of rows", in_turn=in_turn)[: ctx.rows]
+            rows = product(grad_h, gate_up, starts, in_turn=in_turn)[: ctx.rows]
             grads[0] = rows if order is None else _sum(rows, order)
         if needs[1]:
             shape, dtype = ctx.weight_like

@@ -34,6 +34,11 @@ class ActivationForm:
     parts: int = 2
     in_turn: bool = False
 
+    @property
+    def quack(self) -> str | None:
+        """What QuACK calls the activation, None where it has none."""
+        return {0: "swiglu", 2: "relu_sq"}.get(self.kind)
+
 
 SWIGLU_FORM = ActivationForm(0)
 

@@ -261,7 +261,7 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(2, BackendRow("short convolution", delta_nets, conv.kernel, conv.reason))
         if moe := self.spec.moe:
             divided = [m for m in self.modules() if isinstance(m, Experts) and m.dispatcher is not None]
-            resolved = self._experts_kernel(moe, weight, divided=bool(divided))
+            resolved = self._experts_kernel(moe, weight)
             rows.insert(1, BackendRow("experts", len(moe.layers), resolved.kernel, resolved.reason))
             router = resolve_router(self.backend, weight.device, moe.num_experts)
             rows.insert(2, BackendRow("router", len(moe.layers), router.kernel, router.reason))
@@ -274,10 +274,10 @@ class NativeCausalLM(RepositorySaving, PreTrainedModel, GenerationMixin):
             rows.insert(1, BackendRow("mamba", scans, scan.kernel, scan.reason))
         return BackendReport(tuple(rows))
 
-    def _experts_kernel(self, moe: MoeSpec, weight: Placement, *, divided: bool) -> Resolved[ExpertsKernel]:
+    def _experts_kernel(self, moe: MoeSpec, weight: Placement) -> Resolved[ExpertsKernel]:
         activation = moe.activation or Gated(self.spec.activation)
         hidden = moe.latent_size or self.spec.hidden_size
-        return resolve_experts(self.backend, *weight, hidden, moe.width, activation, bias=moe.bias, divided=divided)
+        return resolve_experts(self.backend, *weight, hidden, moe.width, activation, bias=moe.bias)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -126,10 +126,8 @@ class Experts(nn.Module):
     def kernel_on(self, device: torch.device, dtype: torch.dtype) -> ExpertsKernel:
         """Which kernel runs on rows there."""
         _, hidden, width = self.down_proj.shape
-        bias, divided = self.down_proj_bias is not None, self.dispatcher is not None
-        return resolve_experts(
-            self.backend, device, dtype, hidden, width, self.activation, bias=bias, divided=divided
-        ).kernel
+        bias = self.down_proj_bias is not None
+        return resolve_experts(self.backend, device, dtype, hidden, width, self.activation, bias=bias).kernel
 
     def _multiply(self, rows_MD: torch.Tensor, counts: torch.Tensor, kernel: ExpertsKernel) -> torch.Tensor:
         gate_up, down, gate_up_bias, down_bias = self._parameters_here()

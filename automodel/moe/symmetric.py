@@ -103,10 +103,10 @@ class _ExpertsOfPeers(torch.autograd.Function):
         rows, fetched = exchange.fetch(x, placement, keep=True)
         ends, used = placement.ends_E, placement.ends_E[-1:]
         products = _products(ends, down)
-        h = products.by_row(rows, gate_up.mT, "first")
+        h = products.by_row(rows, gate_up.mT)
         del rows
         activated = triton_rows.activate(h, placement.weight_M, layer.form, gate_up_bias, placement.expert_M, used)
-        rows = products.by_row(activated, down.mT, "second")
+        rows = products.by_row(activated, down.mT)
         del activated
         ctx.save_for_backward(
             x, weight, fetched, index, h if exchange.keeps_projected else None, gate_up, down, gate_up_bias, down_bias,
@@ -129,26 +129,26 @@ class _ExpertsOfPeers(torch.autograd.Function):
         exchange.send_gradients(grad)
         if h is None:
             rows = exchange.rows_again(x, fetched, placement, 1.0)
-            h = products.by_row(rows, gate_up.mT, "first")
+            h = products.by_row(rows, gate_up.mT)
             del rows
         grad_rows, _ = exchange.fetch(grad, placement, keep=False)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
-            h, placement.weight_M, products.by_row(grad_rows, down, "grad of activated"), layer.form,
+            h, placement.weight_M, products.by_row(grad_rows, down), layer.form,
             gate_up_bias, placement.expert_M, used, scale,
         )  # fmt: skip
         if needs[3]:
-            grads[3] = products.over_rows(grad_rows, activated, "grad of second weight")
+            grads[3] = products.over_rows(grad_rows, activated)
         if needs[5]:
             grads[5] = triton_rows.sum_by_expert(grad_rows, ends, placement.weight_M) * scale
         if down_bias is not None:
             triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, placement.expert_M, used)
         del grad_rows, activated, h
-        grad_rows = products.by_row(grad_h, gate_up, "grad of rows")
+        grad_rows = products.by_row(grad_h, gate_up)
         exchange.send_sums(grad_rows, placement, None, grad_weight)
         # Between sending and collecting, so that a process that is late keeps nobody waiting.
         if needs[2]:
             rows = exchange.rows_again(x, fetched, placement, scale)
-            grads[2] = products.over_rows(rows, grad_h, "grad of first weight", transposed=True)
+            grads[2] = products.over_rows(rows, grad_h, transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends) * scale
         grads[0], grads[1] = exchange.collect(grad_rows, placement, index, None, grad_weight, weight.dtype)

@@ -84,15 +84,19 @@ def test_values_and_all_gradients_are_the_references(
 
 @pytest.mark.skipif(on_gpu, reason="QuACK's own products run there, where they are installed")
 @pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("activation", [SWIGLU, ClampedSwiGLU(1.702, 0.7)], ids=["SwiGLU", "clamped"])
+@pytest.mark.parametrize(
+    "activation",
+    [SWIGLU, ClampedSwiGLU(1.702, 0.7), Ungated(ACT2FN["relu2"])],
+    ids=["SwiGLU", "clamped", "ungated"],
+)
 def test_products_that_gather_tokens_compute_the_same(
-    monkeypatch: pytest.MonkeyPatch, biases: bool, activation: GatedActivation
+    monkeypatch: pytest.MonkeyPatch, biases: bool, activation: GatedActivation | Ungated
 ) -> None:
     order = sort_by_expert(torch.rand(TOKENS, EXPERTS - 1).topk(TOP_K).indices + 1, EXPERTS)
     gradients = []
     for obstacle in ("none here", None):
         monkeypatch.setattr("automodel.kernels.fused_experts.products_obstacle", lambda *_, found=obstacle: found)
-        given = inputs(16, biases=biases)
+        given = inputs(16, biases=biases, parts=1 if isinstance(activation, Ungated) else 2)
         x, weight, gate_up, down, *both = given
         names = dict(zip(("gate_up_bias_E2F", "down_bias_ED"), both, strict=False))
         with installed_quack():

@@ -6,6 +6,7 @@ Without GPUs Triton's interpreter runs the kernels, in FP32, and files that all 
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -19,8 +20,10 @@ from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, GatedActivation
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
 from automodel.kernels.triton_rows import activation_form
+from automodel.moe import symmetric
 from automodel.moe.peers import Peers
 from automodel.moe.symmetric import ExpertsOfPeers, experts_of_peers
+from tests.automodel.kernels.quack_stand_in import installed_quack
 from tests.automodel.moe.file_peers import FilePeers
 from tests.automodel.ranks import run_ranks
 
@@ -98,8 +101,10 @@ def run_layers(
     return x
 
 
-def divided(problem: Problem, directory: str, again: bool) -> list[Tensor]:
+def divided(problem: Problem, directory: str, again: bool, quack: bool) -> list[Tensor]:
     """This process's part of what `reference` computes; gradients of parameters as they come."""
+    if quack:
+        symmetric.products_obstacle = lambda *_: None
     peers = FilePeers(directory)
     x, index, weight = problem.inputs(torch.float32)[peers.rank]
     chunk = -(-problem.experts // peers.size)
@@ -108,15 +113,16 @@ def divided(problem: Problem, directory: str, again: bool) -> list[Tensor]:
     leaves = [x, weight, *(parameter for layer in layers for parameter in layer)]
     for leaf in leaves:
         leaf.requires_grad_()
-    out = run_layers(problem, peers, x, index, weight, layers, again)
-    (out**2).sum().backward()
+    with installed_quack() if quack else nullcontext():
+        out = run_layers(problem, peers, x, index, weight, layers, again)
+        (out**2).sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def assert_same(problem: Problem, again: bool = False) -> None:
+def assert_same(problem: Problem, again: bool = False, quack: bool = False) -> None:
     processes = len(problem.tokens)
     with tempfile.TemporaryDirectory() as directory:
-        ranks = run_ranks(processes, divided, problem, directory, again)
+        ranks = run_ranks(processes, divided, problem, directory, again, quack)
     for number, (exact, *parts) in enumerate(zip(reference(problem), *ranks, strict=True)):
         # Gradients of the experts are means over the processes.
         scale = processes if number > 2 else 1
@@ -135,8 +141,9 @@ def assert_same(problem: Problem, again: bool = False) -> None:
     ],
     ids=["even", "uneven, biases", "no tokens on one", "one idle", "six over four", "three over four"],
 )
-def test_values_and_all_gradients_are_those_of_one_process(problem: Problem) -> None:
-    assert_same(problem)
+@pytest.mark.parametrize("quack", [False, True], ids=["torch", "QuACK's products"])
+def test_values_and_all_gradients_are_those_of_one_process(problem: Problem, quack: bool) -> None:
+    assert_same(problem, quack=quack)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
@@ -206,8 +213,8 @@ def test_a_model_chooses_its_peers_memory_and_trains_as_with_collectives() -> No
     for dispatch in ("all_to_all", "auto"):
         with tempfile.TemporaryDirectory() as directory:
             results.append(run_ranks(2, step, directory, dispatch))
-    for collective, symmetric in zip(*results, strict=True):
-        assert (collective[2], symmetric[2]) == ("all_to_all", "symmetric")
-        assert symmetric[0] == pytest.approx(collective[0], rel=1e-5)
-        for theirs, ours in zip(collective[1], symmetric[1], strict=True):
+    for collective, shared in zip(*results, strict=True):
+        assert (collective[2], shared[2]) == ("all_to_all", "symmetric")
+        assert shared[0] == pytest.approx(collective[0], rel=1e-5)
+        for theirs, ours in zip(collective[1], shared[1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
