@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels import triton_rows
+from automodel.kernels import measured, triton_rows
 from automodel.kernels.experts import expert_of_row
 from automodel.kernels.permute import ExpertOrder
 from automodel.kernels.products import Products, product_and_activation, products_obstacle
@@ -33,7 +33,10 @@ class _Plan:
     """QuACK's name of it, where the first product applies it; gate and up then come in turn, as `form` says."""
 
     def products(self, ends_E: torch.Tensor) -> Products:
-        return Products.of(ends_E, quack=self.quack, token_M=None if self.order is None else self.order.token_M)
+        token_M = None if self.order is None else self.order.token_M
+        if token_M is not None and not measured.gathering_wins(len(token_M), len(ends_E)):
+            token_M = None
+        return Products.of(ends_E, quack=self.quack, token_M=token_M)
 
 
 def fused_experts(
@@ -89,8 +92,10 @@ class _FusedExperts(torch.autograd.Function):
         products = plan.products(ends)
         if plan.activation is not None:
             keeps = any(ctx.needs_input_grad)
-            starts, token = products.starts_E, products.token_M
-            h, activated = product_and_activation(x, gate_up.mT, starts, plan.activation, token, keeps=keeps)
+            h, activated = product_and_activation(
+                _tokens(x, plan.order, products), gate_up.mT, products.starts_E, plan.activation, products.token_M,
+                keeps=keeps,
+            )  # fmt: skip
             rows = products.by_row(activated, down.mT)
             out = triton_rows.sum_rows(rows, plan.order.inverse_M, plan.order.top_k, factor=weight_M)
         else:

@@ -42,29 +42,29 @@ and torch's norm is fused with what surrounds it."""
 
 
 class Tile(NamedTuple):
-    """How QuACK cuts a product: what a block computes at once, whether its two groups of warps take such tiles in turn
-    (`alternating`) or half of each, and how many blocks share what they read of the second factor."""
+    """What a block of QuACK's computes at once, and whether its two groups of warps take such tiles in turn
+    (`alternating`) or half of each."""
 
     rows: int
     columns: int
     alternating: bool
-    sharing: int
 
 
-GATHERING_TILE = Tile(128, 256, alternating=False, sharing=1)
-"""Of products whose rows are gathered: the fastest or within 3 % of it in 7 of 8 cases of
-`benchmarks/grouped_products.py`, over the experts of Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano, 128 to 1,024 rows
-each, unevenly. With 1,024, 0.72 ms where QuACK's default takes 0.77, and torch 0.84 after gathering them."""
+TILE = Tile(128, 192, alternating=True)
+GATHERING_TILE = Tile(128, 256, alternating=False)
+"""Of products whose rows are gathered, and `TILE` of the others: on average up to 6 % slower than the fastest cut of a
+product, over the experts of Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano with 192 to 1,024 rows each, unevenly, where
+QuACK's default is up to 20 % slower and torch 40 % (`benchmarks/grouped_products.py`, quack-kernels 0.6.5)."""
 
 
-def tile(rows: int, experts: int) -> Tile:
-    """Of the other products.
+def gathering_wins(rows: int, experts: int) -> bool:
+    """Whether products that gather tokens were faster than the others, with tokens written as rows before.
 
-    With 1,024 rows an expert of Qwen3-30B-A3B the fastest take 1.38 ms with two blocks that share and 1.45 without,
-    torch 1.75; with 256 rows 0.49 and 0.45, torch 0.58. It is alike with the other models, and for gradients of weights
-    (`benchmarks/grouped_products.py`, quack-kernels 0.6.5).
+    They were as fast or faster with 1,024 rows an expert, and not with 384 or fewer. With 256 of Qwen3-30B-A3B the
+    first product takes 0.50 ms where writing rows takes 0.04 and the product of rows 0.40; the gradient of the
+    activation 0.28 where it takes 0.20 after 0.04 (`benchmarks/grouped_products.py`).
     """
-    return Tile(128, 192, alternating=True, sharing=2 if rows >= 512 * experts else 1)
+    return rows >= 512 * experts
 
 
 def by_speed(*kernels: str) -> list[str]:

@@ -99,7 +99,7 @@ def product(
     if out.numel():
         gemm_tuned.fn(
             x, weight_EIO, out, cu_seqlens_m=starts_E, A_idx=token_M, concat_layout=("B",) if in_turn else None,
-            config=configuration_by_row(len(out), starts_E, token_M),
+            config=configuration(token_M),
         )  # fmt: skip
     return out
 
@@ -121,10 +121,9 @@ def product_and_activation(
     """
     from quack.gemm_interface import gemm_act
 
-    rows = len(x if token_M is None else token_M)
     made: tuple[torch.Tensor | None, torch.Tensor] = gemm_act(
         x, weight_EIO, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
-        config=configuration_by_row(rows, starts_E, token_M), concat_layout=("B",) if activation == "swiglu" else None,
+        config=configuration(token_M), concat_layout=("B",) if activation == "swiglu" else None,
     )  # fmt: skip
     return made
 
@@ -157,26 +156,25 @@ def product_over_rows(
         return out.zero_()
     gemm_tuned.fn(
         tokens.mT, rows_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, A_idx=token_M,
-        config=configuration(measured.tile(len(rows_MO), experts)), concat_layout=("out",) if in_turn else None,
+        config=_configuration(measured.TILE), concat_layout=("out",) if in_turn else None,
     )  # fmt: skip
     return out
 
 
-def configuration_by_row(rows: int, starts_E: torch.Tensor, token_M: torch.Tensor | None) -> Any:
-    """How QuACK is to cut a product of so many rows, which it gathers where `token_M` is given."""
-    return configuration(measured.tile(rows, len(starts_E) - 1) if token_M is None else measured.GATHERING_TILE)
+def configuration(token_M: torch.Tensor | None) -> Any:
+    """How QuACK is to cut a product by row, which it gathers where `token_M` is given."""
+    return _configuration(measured.TILE if token_M is None else measured.GATHERING_TILE)
 
 
 @cache
-def configuration(tile: Tile) -> Any:
-    """QuACK's name for it."""
+def _configuration(tile: Tile) -> Any:
     from quack.gemm_config import GemmConfig
 
     return GemmConfig(
         tile_m=tile.rows,
         tile_n=tile.columns,
         pingpong=tile.alternating,
-        cluster_m=tile.sharing,
+        cluster_m=1,
         cluster_n=1,
         is_dynamic_persistent=False,
     )

@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.permute import ExpertOrder
 from automodel.kernels.products import (
-    configuration_by_row,
+    configuration,
     product,
     product_and_activation,
     product_over_rows,
@@ -125,7 +125,7 @@ class _SonicExperts(torch.autograd.Function):
         grad_h, activated, grad_weight = gemm_dact(
             grad, down, PreAct=h, activation=ctx.plan.activation, colvec_scale=weight_M, colvec_reduce=True,
             cu_seqlens_m=starts, A_idx=token_M, dynamic_scheduler=False, tuned=False,
-            config=configuration_by_row(len(h), starts, token_M),
+            config=configuration(token_M),
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from automodel.kernels.products import configuration
+from automodel.kernels.products import _configuration
 
 
 @dataclass
@@ -133,12 +133,12 @@ def installed_quack() -> Iterator[Products]:
     interface.gemm_tuned = SimpleNamespace(fn=products.gemm_tuned)
     interface.gemm_act, interface.gemm_dact = products.gemm_act, products.gemm_dact
     before = {name: sys.modules.get(name) for name in modules}
-    configuration.cache_clear()
+    _configuration.cache_clear()
     sys.modules.update(modules)
     try:
         yield products
     finally:
-        configuration.cache_clear()
+        _configuration.cache_clear()
         for name, old in before.items():
             sys.modules.pop(name)
             if old is not None:

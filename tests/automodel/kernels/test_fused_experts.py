@@ -89,9 +89,11 @@ def test_values_and_all_gradients_are_the_references(
     [SWIGLU, ClampedSwiGLU(1.702, 0.7), Ungated(ACT2FN["relu2"])],
     ids=["SwiGLU", "clamped", "ungated"],
 )
-def test_products_that_gather_tokens_compute_the_same(
-    monkeypatch: pytest.MonkeyPatch, biases: bool, activation: GatedActivation | Ungated
+@pytest.mark.parametrize("gather", [False, True], ids=["rows", "gathered"])
+def test_quacks_products_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, biases: bool, activation: GatedActivation | Ungated, gather: bool
 ) -> None:
+    monkeypatch.setattr("automodel.kernels.measured.gathering_wins", lambda *_: gather)
     order = sort_by_expert(torch.rand(TOKENS, EXPERTS - 1).topk(TOP_K).indices + 1, EXPERTS)
     gradients = []
     for obstacle in ("none here", None):
