@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.function import FunctionCtx
 
-from automodel.kernels import measured, triton_rows
+from automodel.kernels import triton_rows
 from automodel.kernels.experts import expert_of_row
 from automodel.kernels.permute import ExpertOrder
 from automodel.kernels.products import Products, product_and_activation, products_obstacle
@@ -31,12 +31,6 @@ class _Plan:
     """Whether QuACK's products multiply."""
     activation: str | None
     """QuACK's name of it, where the first product applies it; gate and up then come in turn, as `form` says."""
-
-    def products(self, ends_E: torch.Tensor) -> Products:
-        token_M = None if self.order is None else self.order.token_M
-        if token_M is not None and not measured.gathering_wins(len(token_M), len(ends_E)):
-            token_M = None
-        return Products.of(ends_E, quack=self.quack, token_M=token_M)
 
 
 def fused_experts(
@@ -89,46 +83,42 @@ class _FusedExperts(torch.autograd.Function):
         biased = gate_up_bias is not None or down_bias is not None
         expert = expert_of_row(ends, len(weight_M)) if biased else None
         ctx.plan, ctx.weight_like = plan, (weight.shape, weight.dtype)
-        products = plan.products(ends)
+        products = Products.of(ends, quack=plan.quack)
+        rows = _rows(x, plan.order)
         if plan.activation is not None:
             keeps = any(ctx.needs_input_grad)
-            h, activated = product_and_activation(
-                _tokens(x, plan.order, products), gate_up.mT, products.starts_E, plan.activation, products.token_M,
-                keeps=keeps,
-            )  # fmt: skip
+            h, activated = product_and_activation(rows, gate_up.mT, products.starts_E, plan.activation, keeps=keeps)
+            del rows
             rows = products.by_row(activated, down.mT)
             out = triton_rows.sum_rows(rows, plan.order.inverse_M, plan.order.top_k, factor=weight_M)
         else:
-            h = products.by_token(_tokens(x, plan.order, products), gate_up.mT)
+            h = products.by_row(rows, gate_up.mT)
+            del rows
             activated = triton_rows.activate(h, weight_M, plan.form, gate_up_bias, expert)
-            rows = products.by_row(activated, down.mT)
-            out = _sum(rows, plan.order, weight_M, down_bias, expert)
+            out = _sum(products.by_row(activated, down.mT), plan.order, weight_M, down_bias, expert)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_M, h, gate_up, down, gate_up_bias, down_bias, ends, expert = ctx.saved_tensors
-        order, form, products = ctx.plan.order, ctx.plan.form, ctx.plan.products(ends)
+        order, form, products = ctx.plan.order, ctx.plan.form, Products.of(ends, quack=ctx.plan.quack)
         needs = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_in = _tokens(grad, order, products)
+        grad_rows = _rows(grad, order)
         grad_h, activated, grad_weight = triton_rows.activate_backward(
-            h, weight_M, products.by_token(grad_in, down), form, gate_up_bias, expert
+            h, weight_M, products.by_row(grad_rows, down), form, gate_up_bias, expert
         )
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = products.over_rows(grad_in, activated)
-        if down_bias is not None:
-            grad_rows = _rows(grad, order) if products.gather else grad_in
-            if needs[5]:
-                grads[5] = triton_rows.sum_by_expert(grad_rows, ends, weight_M)
-            if needs[1]:
-                triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, expert)
-            del grad_rows
-        del grad_in, activated
+            grads[3] = products.over_rows(grad_rows, activated)
+        if needs[5]:
+            grads[5] = triton_rows.sum_by_expert(grad_rows, ends, weight_M)
+        if down_bias is not None and needs[1]:
+            triton_rows.add_dot_with_bias(grad_weight, grad_rows, down_bias, expert)
+        del grad_rows, activated
         if needs[2]:
-            grads[2] = products.over_rows(_tokens(x, order, products), grad_h, transposed=True)
+            grads[2] = products.over_rows(_rows(x, order), grad_h, transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends)
         if needs[0]:
@@ -138,11 +128,6 @@ class _FusedExperts(torch.autograd.Function):
             by_pair = grad_weight if order is None else grad_weight[order.inverse_M]
             grads[1] = by_pair.view(shape).to(dtype)
         return tuple(grads)
-
-
-def _tokens(x: torch.Tensor, order: ExpertOrder | None, products: Products) -> torch.Tensor:
-    """What the products take as tokens: as they come where they gather them, else as rows."""
-    return x if products.gather else _rows(x, order)
 
 
 def _rows(x: torch.Tensor, order: ExpertOrder | None) -> torch.Tensor:

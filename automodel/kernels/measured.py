@@ -54,17 +54,10 @@ TILE = Tile(128, 192, alternating=True)
 GATHERING_TILE = Tile(128, 256, alternating=False)
 """Of products whose rows are gathered, and `TILE` of the others: on average up to 6 % slower than the fastest cut of a
 product, over the experts of Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano with 192 to 1,024 rows each, unevenly, where
-QuACK's default is up to 20 % slower and torch 40 % (`benchmarks/grouped_products.py`, quack-kernels 0.6.5)."""
+QuACK's default is up to 20 % slower and torch 40 % (`benchmarks/grouped_products.py`, quack-kernels 0.6.5).
 
-
-def gathering_wins(rows: int, experts: int) -> bool:
-    """Whether products that gather tokens were faster than the others, with tokens written as rows before.
-
-    They were as fast or faster with 1,024 rows an expert, and not with 384 or fewer. With 256 of Qwen3-30B-A3B the
-    first product takes 0.50 ms where writing rows takes 0.04 and the product of rows 0.40; the gradient of the
-    activation 0.28 where it takes 0.20 after 0.04 (`benchmarks/grouped_products.py`).
-    """
-    return rows >= 512 * experts
+Gathering pays in none: with 256 rows an expert of Qwen3-30B-A3B the first product takes 0.50 ms where writing tokens as
+rows takes 0.04 and their product 0.40; with 1,024 1.40, and 0.16 and 1.23."""
 
 
 def by_speed(*kernels: str) -> list[str]:

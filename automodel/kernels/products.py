@@ -1,4 +1,4 @@
-"""Grouped matrix products over rows sorted by expert: QuACK's, which gather the tokens they read, or torch's.
+"""Grouped matrix products over rows sorted by expert: QuACK's where it is there, or torch's.
 
 QuACK's are called in the cuts that `measured` tells. Legend: N tokens, M rows, I and O columns, E experts.
 """
@@ -38,30 +38,15 @@ class Products:
     Attributes:
         ends_E: int32, where the rows of each expert end.
         starts_E: int32 [E + 1], the same after a zero, for QuACK's products; None for torch's.
-        token_M: int32, the token of each row, where QuACK's products gather tokens.
     """
 
     ends_E: torch.Tensor
     starts_E: torch.Tensor | None
-    token_M: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, ends_E: torch.Tensor, *, quack: bool, token_M: torch.Tensor | None = None) -> Products:
+    def of(cls, ends_E: torch.Tensor, *, quack: bool) -> Products:
         """QuACK's or torch's."""
-        if not quack:
-            return cls(ends_E, None)
-        return cls(ends_E, F.pad(ends_E, (1, 0)), None if token_M is None else token_M.int())
-
-    @property
-    def gather(self) -> bool:
-        """Whether what is called tokens below are tokens [N, I]; else they are rows [M, I] all the same."""
-        return self.token_M is not None
-
-    def by_token(self, tokens: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
-        """token @ w[e] for the rows of each expert e: [M, O]."""
-        if self.starts_E is None:
-            return grouped(tokens, weight_EIO, self.ends_E)
-        return product(tokens, weight_EIO, self.starts_E, self.token_M)
+        return cls(ends_E, F.pad(ends_E, (1, 0)) if quack else None)
 
     def by_row(self, rows_MI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
         """row @ w[e] for the rows of each expert e: [M, O]."""
@@ -69,12 +54,12 @@ class Products:
             return grouped(rows_MI, weight_EIO, self.ends_E)
         return product(rows_MI, weight_EIO, self.starts_E)
 
-    def over_rows(self, tokens: torch.Tensor, rows_MO: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
-        """tokens.T @ rows over the rows of each expert: [E, I, O], or `transposed` [E, O, I]; contiguous."""
+    def over_rows(self, a_MI: torch.Tensor, b_MO: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+        """a.T @ b over the rows of each expert: [E, I, O], or `transposed` [E, O, I]; contiguous."""
         if self.starts_E is None:
-            both = (rows_MO, tokens) if transposed else (tokens, rows_MO)
+            both = (b_MO, a_MI) if transposed else (a_MI, b_MO)
             return grouped_weight_gradient(*both, self.ends_E)
-        return product_over_rows(tokens, rows_MO, self.starts_E, self.token_M, transposed=transposed)
+        return product_over_rows(a_MI, b_MO, self.starts_E, transposed=transposed)
 
 
 def product(

@@ -78,11 +78,12 @@ def _gate_and_up(
     h, bias, expert, row, column, inside,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, IN_TURN: tl.constexpr,
 ):  # fmt: skip
-    """The two parts of a row, or twice the one that it has; those in turn have no bias."""
+    """The two parts of a row, or twice the one that it has. Those in turn come as words of both, without a bias."""
     if IN_TURN:
-        both = tl.arange(0, 2 * BLOCK)
-        pair = tl.load(h + row * 2 * F + both, mask=both < 2 * F, other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(pair, [BLOCK, 2]))
+        word = tl.load(h + row * F + column, mask=inside, other=0)
+        if h.dtype.element_ty == tl.int32:
+            return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+        return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     own = h + row * PARTS * F + column
     gate = tl.load(own, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(own + (PARTS - 1) * F, mask=inside, other=0.0).to(tl.float32)
@@ -290,14 +291,15 @@ def activate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradient of `h` [M, 2F], the output of `activate` times `scale` [M, F], and the gradient of `weight` [M].
 
-    The gradient has all gates first, also where `h` has gate and up in turn.
+    The gradient has all gates first, also where `h` has gate and up in turn, in BF16 or FP32.
     """
     grad_h, out, grad_weight = torch.empty_like(h), torch.empty_like(grad), torch.empty_like(weight)
     rows, width = grad.shape
     if rows:
         block = triton.next_power_of_2(width)
+        words = h.view(torch.int32 if h.dtype == torch.bfloat16 else torch.int64) if form.in_turn else h
         _activate_backward[(_programs(rows, used),)](
-            h, bias, expert, weight, grad, grad_h, out, grad_weight, used, form.alpha, form.limit, scale,
+            words, bias, expert, weight, grad, grad_h, out, grad_weight, used, form.alpha, form.limit, scale,
             width, form.parts, block, form.kind, bias is not None, form.in_turn, used is not None,
             num_warps=_warps(block),
         )  # fmt: skip
