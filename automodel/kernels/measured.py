@@ -51,13 +51,12 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(128, 192, alternating=True)
-GATHERING_TILE = Tile(128, 256, alternating=False)
-"""Of products whose rows are gathered, and `TILE` of the others: on average up to 6 % slower than the fastest cut of a
-product, over the experts of Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano with 192 to 1,024 rows each, unevenly, where
-QuACK's default is up to 20 % slower and torch 40 % (`benchmarks/grouped_products.py`, quack-kernels 0.6.5).
+"""Of QuACK's products of rows: on average up to 4 % slower than the fastest cut of a product, over the experts of
+Qwen3-30B-A3B, GPT-OSS-20B and Nemotron-3-Nano with 192 to 1,024 rows each, unevenly, where QuACK's default takes 4 to
+15 % longer and torch 29 to 40 % (`benchmarks/grouped_products.py`, quack-kernels 0.6.5).
 
-Gathering pays in none: with 256 rows an expert of Qwen3-30B-A3B the first product takes 0.50 ms where writing tokens as
-rows takes 0.04 and their product 0.40; with 1,024 1.40, and 0.16 and 1.23."""
+Its products can gather tokens, too, which pays in none: with 256 rows an expert of Qwen3-30B-A3B the first product then
+takes 0.50 ms, where writing tokens as rows takes 0.04 and their product 0.40; with 1,024 1.40, and 0.16 and 1.23."""
 
 
 def by_speed(*kernels: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Grouped matrix products over rows sorted by expert: QuACK's where it is there, or torch's.
 
-QuACK's are called in the cuts that `measured` tells. Legend: N tokens, M rows, I and O columns, E experts.
+QuACK's run in the cut of `measured.TILE`. Legend: M rows, I and O columns, E experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from automodel.kernels import measured
 from automodel.kernels.experts import grouped, grouped_weight_gradient, rows_obstacle
-from automodel.kernels.measured import Tile
 from automodel.kernels.packages import is_at_least, is_installed
 
 
@@ -62,41 +61,23 @@ class Products:
         return product_over_rows(a_MI, b_MO, self.starts_E, transposed=transposed)
 
 
-def product(
-    x: torch.Tensor,
-    weight_EIO: torch.Tensor,
-    starts_E: torch.Tensor,
-    token_M: torch.Tensor | None = None,
-    *,
-    in_turn: bool = False,
-) -> torch.Tensor:
-    """x @ w[e] for the rows of each expert e, by QuACK: [M, O].
+def product(rows_MI: torch.Tensor, weight_EIO: torch.Tensor, starts_E: torch.Tensor) -> torch.Tensor:
+    """row @ w[e] for the rows of each expert e, by QuACK: [M, O].
 
     Args:
-        x: rows [M, I]; with `token_M` tokens [N, I]. Contiguous.
+        rows_MI: contiguous.
         starts_E: int32 [E + 1], where the rows of each expert begin, then M.
-        token_M: int32.
-        in_turn: the columns of `x` have gate and up in turn, and the weights have one after the other.
     """
     from quack.gemm_interface import gemm_tuned
 
-    out = x.new_empty(len(x if token_M is None else token_M), weight_EIO.shape[-1])
+    out = rows_MI.new_empty(len(rows_MI), weight_EIO.shape[-1])
     if out.numel():
-        gemm_tuned.fn(
-            x, weight_EIO, out, cu_seqlens_m=starts_E, A_idx=token_M, concat_layout=("B",) if in_turn else None,
-            config=configuration(token_M),
-        )  # fmt: skip
+        gemm_tuned.fn(rows_MI, weight_EIO, out, cu_seqlens_m=starts_E, config=_configuration())
     return out
 
 
 def product_and_activation(
-    x: torch.Tensor,
-    weight_EIO: torch.Tensor,
-    starts_E: torch.Tensor,
-    activation: str,
-    token_M: torch.Tensor | None = None,
-    *,
-    keeps: bool = True,
+    rows_MI: torch.Tensor, weight_EIO: torch.Tensor, starts_E: torch.Tensor, activation: str, *, keeps: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`product`, with gate and up in turn where there are both (None without `keeps`), and the activation of it.
 
@@ -107,54 +88,32 @@ def product_and_activation(
     from quack.gemm_interface import gemm_act
 
     made: tuple[torch.Tensor | None, torch.Tensor] = gemm_act(
-        x, weight_EIO, activation=activation, cu_seqlens_m=starts_E, A_idx=token_M, store_preact=keeps, tuned=False,
-        config=configuration(token_M), concat_layout=("B",) if activation == "swiglu" else None,
+        rows_MI, weight_EIO, activation=activation, cu_seqlens_m=starts_E, store_preact=keeps, tuned=False,
+        config=_configuration(), concat_layout=("B",) if activation == "swiglu" else None,
     )  # fmt: skip
     return made
 
 
 def product_over_rows(
-    tokens: torch.Tensor,
-    rows_MO: torch.Tensor,
-    starts_E: torch.Tensor,
-    token_M: torch.Tensor | None = None,
-    *,
-    transposed: bool = False,
-    in_turn: bool = False,
+    a_MI: torch.Tensor, b_MO: torch.Tensor, starts_E: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
-    """tokens[token of the row].T @ rows, over the rows of each expert, by QuACK: [E, I, O].
-
-    Args:
-        tokens, rows_MO: contiguous; without `token_M` both are rows.
-        starts_E, token_M: as for `product`.
-        transposed: the result is [E, O, I].
-        in_turn: the rows have gate and up in turn, the result has one after the other.
-
-    Returns:
-        A contiguous tensor.
-    """
+    """a.T @ b over the rows of each expert, by QuACK: [E, I, O], or `transposed` [E, O, I]; all contiguous."""
     from quack.gemm_interface import gemm_tuned
 
-    experts, sizes = len(starts_E) - 1, (tokens.shape[1], rows_MO.shape[1])
-    out = tokens.new_empty(experts, *(reversed(sizes) if transposed else sizes))
-    if not len(rows_MO):
+    sizes = (b_MO.shape[1], a_MI.shape[1]) if transposed else (a_MI.shape[1], b_MO.shape[1])
+    out = a_MI.new_empty(len(starts_E) - 1, *sizes)
+    if not len(a_MI):
         return out.zero_()
-    gemm_tuned.fn(
-        tokens.mT, rows_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, A_idx=token_M,
-        config=_configuration(measured.TILE), concat_layout=("out",) if in_turn else None,
-    )  # fmt: skip
+    gemm_tuned.fn(a_MI.mT, b_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, config=_configuration())
     return out
 
 
-def configuration(token_M: torch.Tensor | None) -> Any:
-    """How QuACK is to cut a product by row, which it gathers where `token_M` is given."""
-    return _configuration(measured.TILE if token_M is None else measured.GATHERING_TILE)
-
-
 @cache
-def _configuration(tile: Tile) -> Any:
+def _configuration() -> Any:
+    """How QuACK is to cut a product."""
     from quack.gemm_config import GemmConfig
 
+    tile = measured.TILE
     return GemmConfig(
         tile_m=tile.rows,
         tile_n=tile.columns,

@@ -18,13 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from automodel.kernels.activations import GatedActivation, Ungated
 from automodel.kernels.permute import ExpertOrder
-from automodel.kernels.products import (
-    configuration,
-    product,
-    product_and_activation,
-    product_over_rows,
-    products_obstacle,
-)
+from automodel.kernels.products import products_obstacle
 
 
 def sonic_obstacle(
@@ -47,6 +41,32 @@ def sonic_obstacle(
     return "the SonicMoE kernels are called without biases" if bias else None
 
 
+def weight_gradient(
+    tokens: torch.Tensor,
+    rows_MF: torch.Tensor,
+    out_EDF: torch.Tensor,
+    starts_E: torch.Tensor,
+    token_M: torch.Tensor | None,
+    *,
+    halves: bool = False,
+) -> torch.Tensor:
+    """tokens[token of the row].T @ rows, over the rows of each expert, into `out_EDF`; the tokens are read in place.
+
+    Args:
+        tokens, rows_MF: contiguous; without `token_M` both are rows.
+        out_EDF: contiguous, or the transpose of what is.
+        starts_E: int32 [E + 1], where the rows of each expert begin, then M.
+        token_M: int32.
+        halves: the rows have gate and up in turn, `out_EDF` has one after the other.
+    """
+    from quack.gemm_interface import gemm
+
+    return gemm(
+        tokens.mT, rows_MF, out=out_EDF, cu_seqlens_k=starts_E, A_idx=token_M, dynamic_scheduler=False, tuned=False,
+        concat_layout=("out",) if halves else None,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What is the same forward and backward: the sort (None: rows come sorted), and QuACK's name of the activation."""
@@ -55,8 +75,8 @@ class _Plan:
     activation: str
 
     @property
-    def in_turn(self) -> bool:
-        """Whether the first projection comes out with gate and up in turn, as QuACK pairs them with each other."""
+    def halves(self) -> bool:
+        """Whether the first projection has gate rows and up rows, which QuACK pairs with each other."""
         return self.activation == "swiglu"
 
 
@@ -101,40 +121,45 @@ class _SonicExperts(torch.autograd.Function):
         starts: torch.Tensor,
         plan: _Plan,
     ) -> torch.Tensor:
+        from quack.gemm_interface import gemm, gemm_act
+
         order = plan.order
         weight_M = weight.float() if order is None else weight.flatten()[order.order_M].float()
         token_M = None if order is None else order.token_M.int()
         ctx.plan, ctx.rows, ctx.weight_like = plan, len(weight_M), (weight.shape, weight.dtype)
         if order is None:
             x, weight_M = _with_room(x), _with_room(weight_M)
-        keeps = any(ctx.needs_input_grad)
-        h, activated = product_and_activation(x, gate_up.mT, starts, plan.activation, token_M, keeps=keeps)
-        rows = product(activated, down.mT, starts)
+        h, activated = gemm_act(
+            x, gate_up.mT, activation=plan.activation, cu_seqlens_m=starts, A_idx=token_M,
+            store_preact=any(ctx.needs_input_grad), tuned=False, concat_layout=("B",) if plan.halves else None,
+        )  # fmt: skip
+        rows = gemm(activated, down.mT, cu_seqlens_m=starts, tuned=False)
         ctx.save_for_backward(x, weight_M, h, gate_up, down, starts, token_M)
         return _sum(rows[: ctx.rows], order, weight_M)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from quack.gemm_interface import gemm_dact
+        from quack.gemm_interface import gemm, gemm_dact
 
         x, weight_M, h, gate_up, down, starts, token_M = ctx.saved_tensors
         order, needs = ctx.plan.order, ctx.needs_input_grad
-        in_turn = ctx.plan.in_turn
+        by_row = {"cu_seqlens_m": starts, "dynamic_scheduler": False, "tuned": False}
+        halves = ctx.plan.halves
 
         grad = grad.contiguous() if order is not None else _with_room(grad.contiguous())
         grad_h, activated, grad_weight = gemm_dact(
             grad, down, PreAct=h, activation=ctx.plan.activation, colvec_scale=weight_M, colvec_reduce=True,
-            cu_seqlens_m=starts, A_idx=token_M, dynamic_scheduler=False, tuned=False,
-            config=configuration(token_M),
+            A_idx=token_M, **by_row,
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = product_over_rows(grad, activated, starts, token_M)
+            grads[3] = weight_gradient(grad, activated, down.new_empty(down.shape), starts, token_M)
         del activated
         if needs[2]:
-            grads[2] = product_over_rows(x, grad_h, starts, token_M, transposed=True, in_turn=in_turn)
+            grads[2] = gate_up.new_empty(gate_up.shape)
+            weight_gradient(x, grad_h, grads[2].mT, starts, token_M, halves=halves)
         if needs[0]:
-            rows = product(grad_h, gate_up, starts, in_turn=in_turn)[: ctx.rows]
+            rows = gemm(grad_h, gate_up, concat_layout=("B",) if halves else None, **by_row)[: ctx.rows]
             grads[0] = rows if order is None else _sum(rows, order)
         if needs[1]:
             shape, dtype = ctx.weight_like

@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-_PROGRAMS = 2048
-"""Of the backward pass, each with a part of the gradients of the weights: more than run at once on the largest GPUs."""
+_UNITS = 2
+"""Groups of heads that a program of the forward pass has, in one warp."""
+_PROGRAMS = 1056
+"""Of the backward pass, each with a part of the gradients of the weights: eight for each multiprocessor of an H200."""
 
 
 class Tables(NamedTuple):
@@ -25,54 +27,73 @@ class Tables(NamedTuple):
 
 
 @triton.jit
-def _weights(q_weight, k_weight, column, key, offset):
-    """The weight of each row's norm; of values any."""
-    of_query, of_key = tl.load(q_weight + column).to(tl.float32), tl.load(k_weight + column).to(tl.float32)
-    return tl.where(key, of_key[None, :], of_query[None, :]) + offset
+def _halves(pointer, at, inside, HALF: tl.constexpr):
+    """The two halves of heads, or of rows of a table."""
+    low = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+    return low, tl.load(pointer + at + HALF, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _angles(table, at, HALF: tl.constexpr):
-    """The two halves of one token's row of a table."""
-    low, high = tl.load(table + at).to(tl.float32), tl.load(table + at + HALF).to(tl.float32)
-    return low[None, :], high[None, :]
+def _store_halves(pointer, at, low, high, inside, HALF: tl.constexpr):
+    tl.store(pointer + at, low.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + at + HALF, high.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _scale(low, high, eps, HALF: tl.constexpr):
-    return tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + eps)[:, None]
+def _inverse_norm(low, high, eps, HALF: tl.constexpr):
+    """Of heads along the last dimension, which is kept."""
+    return tl.rsqrt(tl.sum(low * low + high * high, axis=-1, keep_dims=True) / (2 * HALF) + eps)
+
+
+@triton.jit
+def _through_norm(grad_low, grad_high, low, high, weight_low, weight_high, eps, HALF: tl.constexpr):
+    """The gradients of heads before their norm, and what they add to those of its weight."""
+    scale = _inverse_norm(low, high, eps, HALF)
+    low, high = low * scale, high * scale
+    by_low, by_high = grad_low * low, grad_high * high
+    mean = tl.sum(by_low * weight_low + by_high * weight_high, axis=-1, keep_dims=True) / (2 * HALF)
+    return (
+        scale * (grad_low * weight_low - low * mean),
+        scale * (grad_high * weight_high - high * mean),
+        by_low,
+        by_high,
+    )
 
 
 @triton.jit
 def _norm_and_rotate(
-    qkv, q_weight, k_weight, cos, sin, to_query, to_key, to_value, S, table_b, table_s, eps, offset,
-    G: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    qkv, q_weight, k_weight, cos, sin, to_query, to_key, to_value, units, S, table_b, table_s, eps, offset,
+    G: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    # A group of heads of a token: R queries, a key, a value.
-    unit = tl.program_id(0).to(tl.int64)
-    token = unit // G
+    # A unit is a group of heads of a token: R queries, a key, a value.
+    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)
-    query, key, value = row < R, row == R, row == R + 1
-    at = unit * (R + 2) * 2 * HALF + row * 2 * HALF + column[None, :]
-    here = row < R + 2
-    x_low = tl.load(qkv + at, mask=here, other=0.0).to(tl.float32)
-    x_high = tl.load(qkv + at + HALF, mask=here, other=0.0).to(tl.float32)
-    scale = _scale(x_low, x_high, eps, HALF)
-    low = x_low * scale * _weights(q_weight, k_weight, column, key, offset)
-    high = x_high * scale * _weights(q_weight, k_weight, column + HALF, key, offset)
-    angle = token // S * table_b + token % S * table_s + column
-    cos_low, cos_high = _angles(cos, angle, HALF)
-    sin_low, sin_high = _angles(sin, angle, HALF)
+    token, there = unit // G, (unit < units)[:, None]
+    angle = (token // S * table_b + token % S * table_s)[:, None] + column
+    cos_low, cos_high = _halves(cos, angle, there, HALF)
+    sin_low, sin_high = _halves(sin, angle, there, HALF)
+
+    at = unit[:, None, None] * (R + 2) * 2 * HALF + row * 2 * HALF + column
+    here = there[:, :, None] & (row < R)
+    low, high = _halves(qkv, at, here, HALF)
+    scale = _inverse_norm(low, high, eps, HALF)
+    weight_low, weight_high = _halves(q_weight, column, column < HALF, HALF)
+    low, high = low * scale * (weight_low + offset), high * scale * (weight_high + offset)
+    turned_low = low * cos_low[:, None, :] - high * sin_low[:, None, :]
+    turned_high = high * cos_high[:, None, :] + low * sin_high[:, None, :]
+    to = unit[:, None, None] * R * 2 * HALF + row * 2 * HALF + column
+    _store_halves(to_query, to, turned_low, turned_high, here, HALF)
+
+    at = (unit * (R + 2) + R)[:, None] * 2 * HALF + column
+    low, high = _halves(qkv, at, there, HALF)
+    scale = _inverse_norm(low, high, eps, HALF)
+    weight_low, weight_high = _halves(k_weight, column, column < HALF, HALF)
+    low, high = low * scale * (weight_low + offset), high * scale * (weight_high + offset)
+    to = unit[:, None] * 2 * HALF + column
     turned_low, turned_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-    dtype = to_query.dtype.element_ty
-    of_query = to_query + unit * R * 2 * HALF + row * 2 * HALF + column[None, :]
-    tl.store(of_query, turned_low.to(dtype), mask=query)
-    tl.store(of_query + HALF, turned_high.to(dtype), mask=query)
-    once = unit * 2 * HALF + row * 0 + column[None, :]
-    tl.store(to_key + once, turned_low.to(dtype), mask=key)
-    tl.store(to_key + once + HALF, turned_high.to(dtype), mask=key)
-    tl.store(to_value + once, x_low.to(dtype), mask=value)
-    tl.store(to_value + once + HALF, x_high.to(dtype), mask=value)
+    _store_halves(to_key, to, turned_low, turned_high, there, HALF)
+    low, high = _halves(qkv, at + 2 * HALF, there, HALF)
+    _store_halves(to_value, to, low, high, there, HALF)
 
 
 @triton.jit
@@ -82,49 +103,44 @@ def _norm_and_rotate_backward(
     G: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)
-    query, key, value = row < R, row == R, row == R + 1
-    weight_low = _weights(q_weight, k_weight, column, key, offset)
-    weight_high = _weights(q_weight, k_weight, column + HALF, key, offset)
-    total_low = tl.zeros([ROWS, HALF], tl.float32)
-    total_high = tl.zeros([ROWS, HALF], tl.float32)
+    here, always = row < R, column < HALF
+    q_low, q_high = _halves(q_weight, column, always, HALF)
+    k_low, k_high = _halves(k_weight, column, always, HALF)
+    total_q_low, total_q_high = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
+    total_k_low, total_k_high = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
     unit = tl.program_id(0).to(tl.int64)
     while unit < units:
         token = unit // G
-        from_query = grad_query + unit * R * 2 * HALF + row * 2 * HALF + column[None, :]
-        once = unit * 2 * HALF + row * 0 + column[None, :]
-        low = tl.load(from_query, mask=query, other=0.0).to(tl.float32)
-        low += tl.load(grad_key + once, mask=key, other=0.0).to(tl.float32)
-        high = tl.load(from_query + HALF, mask=query, other=0.0).to(tl.float32)
-        high += tl.load(grad_key + once + HALF, mask=key, other=0.0).to(tl.float32)
         angle = token // S * table_b + token % S * table_s + column
-        cos_low, cos_high = _angles(cos, angle, HALF)
-        sin_low, sin_high = _angles(sin, angle, HALF)
-        back_low, back_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
+        cos_low, cos_high = _halves(cos, angle, always, HALF)
+        sin_low, sin_high = _halves(sin, angle, always, HALF)
+        at, once = unit * (R + 2) * 2 * HALF + column, unit * 2 * HALF + column
+        # All loads come before what waits for the first of them.
+        query_low, query_high = _halves(grad_query, unit * R * 2 * HALF + row * 2 * HALF + column, here, HALF)
+        low, high = _halves(qkv, at + row * 2 * HALF, here, HALF)
+        key_low, key_high = _halves(grad_key, once, always, HALF)
+        own_low, own_high = _halves(qkv, at + R * 2 * HALF, always, HALF)
+        value_low, value_high = _halves(grad_value, once, always, HALF)
 
-        at = unit * (R + 2) * 2 * HALF + row * 2 * HALF + column[None, :]
-        x_low = tl.load(qkv + at, mask=query | key, other=0.0).to(tl.float32)
-        x_high = tl.load(qkv + at + HALF, mask=query | key, other=0.0).to(tl.float32)
-        scale = _scale(x_low, x_high, eps, HALF)
-        x_low *= scale
-        x_high *= scale
-        by_low, by_high = back_low * x_low, back_high * x_high
-        total_low += by_low
-        total_high += by_high
-        mean = (tl.sum(by_low * weight_low, axis=1) + tl.sum(by_high * weight_high, axis=1))[:, None] / (2 * HALF)
-        low = scale * (back_low * weight_low - x_low * mean)
-        high = scale * (back_high * weight_high - x_high * mean)
-        # Of values there are no others.
-        low += tl.load(grad_value + once, mask=value, other=0.0).to(tl.float32)
-        high += tl.load(grad_value + once + HALF, mask=value, other=0.0).to(tl.float32)
-        dtype = grad_qkv.dtype.element_ty
-        tl.store(grad_qkv + at, low.to(dtype), mask=row < R + 2)
-        tl.store(grad_qkv + at + HALF, high.to(dtype), mask=row < R + 2)
+        low, high, by_low, by_high = _through_norm(
+            query_low * cos_low + query_high * sin_high, query_high * cos_high - query_low * sin_low,
+            low, high, q_low + offset, q_high + offset, eps, HALF,
+        )  # fmt: skip
+        total_q_low += by_low
+        total_q_high += by_high
+        _store_halves(grad_qkv, at + row * 2 * HALF, low, high, here, HALF)
+        low, high, by_low, by_high = _through_norm(
+            key_low * cos_low + key_high * sin_high, key_high * cos_high - key_low * sin_low,
+            own_low, own_high, k_low + offset, k_high + offset, eps, HALF,
+        )  # fmt: skip
+        total_k_low += by_low
+        total_k_high += by_high
+        _store_halves(grad_qkv, at + R * 2 * HALF, low, high, always, HALF)
+        _store_halves(grad_qkv, at + (R + 1) * 2 * HALF, value_low, value_high, always, HALF)
         unit += tl.num_programs(0)
-    own = grad_weights + tl.program_id(0) * 4 * HALF + column
-    tl.store(own, tl.sum(tl.where(query, total_low, 0.0), axis=0))
-    tl.store(own + HALF, tl.sum(tl.where(query, total_high, 0.0), axis=0))
-    tl.store(own + 2 * HALF, tl.sum(tl.where(key, total_low, 0.0), axis=0))
-    tl.store(own + 3 * HALF, tl.sum(tl.where(key, total_high, 0.0), axis=0))
+    own = tl.program_id(0) * 4 * HALF + column
+    _store_halves(grad_weights, own, tl.sum(total_q_low, axis=0), tl.sum(total_q_high, axis=0), always, HALF)
+    _store_halves(grad_weights, own + 2 * HALF, total_k_low, total_k_high, always, HALF)
 
 
 def norm_and_rotate(
@@ -140,10 +156,9 @@ def norm_and_rotate(
     query = qkv.new_empty(batch, length, groups * (heads - 2), size)
     key, value = (qkv.new_empty(batch, length, groups, size) for _ in range(2))
     if units := batch * length * groups:
-        rows, warps = _rows(heads, size)
-        _norm_and_rotate[(units,)](
-            qkv, q_weight, k_weight, *tables, query, key, value, length, *tables.strides, eps, offset,
-            groups, heads - 2, size // 2, rows, num_warps=warps,
+        _norm_and_rotate[(triton.cdiv(units, _UNITS),)](
+            qkv, q_weight, k_weight, *tables, query, key, value, units, length, *tables.strides, eps, offset,
+            groups, heads - 2, size // 2, triton.next_power_of_2(heads - 2), _UNITS, num_warps=1,
         )  # fmt: skip
     return query, key, value
 
@@ -164,17 +179,10 @@ def norm_and_rotate_backward(
     programs = min(units, _PROGRAMS)
     parts = qkv.new_empty(programs, 2, size, dtype=torch.float32)
     if programs:
-        rows, warps = _rows(heads, size)
         _norm_and_rotate_backward[(programs,)](
             *grads, qkv, q_weight, k_weight, *tables, grad_qkv, parts,
             units, length, *tables.strides, eps, offset,
-            groups, heads - 2, size // 2, rows, num_warps=warps,
+            groups, heads - 2, size // 2, triton.next_power_of_2(heads - 2), num_warps=4,
         )  # fmt: skip
     of_query, of_key = parts.sum(0)
     return grad_qkv, of_query.to(q_weight.dtype, copy=True), of_key.to(k_weight.dtype, copy=True)
-
-
-def _rows(heads: int, size: int) -> tuple[int, int]:
-    """Rows of a program, a power of two, and its warps: 16 values a thread."""
-    rows = triton.next_power_of_2(heads)
-    return rows, max(1, min(16, rows * size // 512))

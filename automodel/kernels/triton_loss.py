@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 _SCALED = 8192
+_LEAST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -14,15 +15,16 @@ def _softmax_gradient(logits, labels, losses, divisor, ignored, V: tl.constexpr,
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     own = logits + row * V
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    # Two values at once: sums are rescaled half as often, and exp is what takes longest beside the loads. No logit is
+    # below the first bound, so that lanes past the end, where all is -inf, add nothing and no difference is NaN.
+    largest = tl.full([BLOCK], _LEAST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, 2 * BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        # Of lanes past the end only -inf was seen; 0 stands in for it, so that no difference is NaN.
-        larger = tl.maximum(largest, value)
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(largest - base) + tl.exp(value - base)
+        one = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        other = tl.load(own + column + BLOCK, mask=column + BLOCK < V, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.maximum(one, other))
+        total = total * tl.exp(largest - larger) + tl.exp(one - larger) + tl.exp(other - larger)
         largest = larger
     top = tl.max(largest, axis=0)
     normalizer = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
@@ -32,9 +34,10 @@ def _softmax_gradient(logits, labels, losses, divisor, ignored, V: tl.constexpr,
     scale = tl.where(counts, 1.0 / tl.load(divisor), 0.0)
     for start in tl.range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        value = tl.load(own + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first")
+        value = value.to(tl.float32)
         gradient = (tl.exp(value - normalizer) - tl.where(column == label, 1.0, 0.0)) * scale
-        tl.store(own + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+        tl.store(own + column, gradient.to(logits.dtype.element_ty), mask=column < V, cache_modifier=".cs")
 
 
 @triton.jit
@@ -67,5 +70,5 @@ def softmax_gradient(
     """
     rows, vocabulary = logits.shape
     if rows:
-        block = min(4096, triton.next_power_of_2(vocabulary))
+        block = min(2048, triton.next_power_of_2(vocabulary))
         _softmax_gradient[(rows,)](logits, labels, losses, divisor, ignore_index, vocabulary, block, num_warps=8)

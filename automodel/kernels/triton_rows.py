@@ -76,14 +76,16 @@ def _value_and_slopes(gate, up, alpha, limit, KIND: tl.constexpr):
 @triton.jit
 def _gate_and_up(
     h, bias, expert, row, column, inside,
-    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, IN_TURN: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, IN_TURN: tl.constexpr,
 ):  # fmt: skip
     """The two parts of a row, or twice the one that it has. Those in turn come as words of both, without a bias."""
     if IN_TURN:
         word = tl.load(h + row * F + column, mask=inside, other=0)
         if h.dtype.element_ty == tl.int32:
-            return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-        return word.to(tl.int32).to(tl.float32, bitcast=True), (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            gate, up = word << 16, word & -65536
+        else:
+            gate, up = word.to(tl.int32), (word >> 32).to(tl.int32)
+        return gate.to(tl.float32, bitcast=True), up.to(tl.float32, bitcast=True)
     own = h + row * PARTS * F + column
     gate = tl.load(own, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(own + (PARTS - 1) * F, mask=inside, other=0.0).to(tl.float32)
@@ -101,7 +103,7 @@ def _activate_row(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, BLOCK, HAS_BIAS, False)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS, False)
     value, _, _ = _value_and_slopes(gate, up, alpha, limit, KIND)
     tl.store(out + row * F + column, (value * tl.load(weight + row)).to(out.dtype.element_ty), mask=inside)
 
@@ -130,7 +132,7 @@ def _activate_backward_row(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < F
-    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, BLOCK, HAS_BIAS, IN_TURN)
+    gate, up = _gate_and_up(h, bias, expert, row, column, inside, F, PARTS, HAS_BIAS, IN_TURN)
     value, by_gate, by_up = _value_and_slopes(gate, up, alpha, limit, KIND)
     grad_value = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
     share = tl.load(weight + row)

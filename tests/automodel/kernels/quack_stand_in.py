@@ -22,7 +22,7 @@ from automodel.kernels.products import _configuration
 
 @dataclass
 class GemmConfig:
-    """The parts of QuACK's that are named here."""
+    """How a product is cut: the parts that are named here."""
 
     tile_m: int
     tile_n: int
@@ -33,23 +33,20 @@ class GemmConfig:
 
 
 class Products:
-    """The three functions; `shapes` are those of the rows and weights that they were called with."""
+    """The functions; `shapes` are those of the rows and weights that they were called with."""
 
     def __init__(self) -> None:
         self.shapes: set[tuple[torch.Size, torch.Size]] = set()
 
-    def gemm_tuned(
-        self, A: Tensor, B: Tensor, out: Tensor, *, cu_seqlens_m: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None, A_idx: Tensor | None = None, config: GemmConfig,
-        concat_layout: tuple[str, ...] | None = None,
-    ) -> None:  # fmt: skip
+    def gemm(
+        self, A: Tensor, B: Tensor, out: Tensor | None = None, *, cu_seqlens_m: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None, A_idx: Tensor | None = None, dynamic_scheduler: bool = False,
+        tuned: bool = True, concat_layout: tuple[str, ...] | None = None,
+    ) -> Tensor:  # fmt: skip
         """x @ w[e] for the rows of each e, or x.T @ y over the rows of each e."""
         if cu_seqlens_m is not None:
-            made = self._by_row(A, B, cu_seqlens_m, A_idx, config, concat_layout)
-            assert out.shape == made.shape
-            out.copy_(made)
-            return
-        self._check(A, B, cu_seqlens_k, A_idx, config)
+            return self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, concat_layout)
+        self._check(A, B, cu_seqlens_k, A_idx, dynamic_scheduler, tuned)
         assert A.stride(-2) == 1 or not A.numel(), "varlen_k requires A to be m-major"
         assert B.stride(-1) == 1, "varlen_k requires B to be n-major"
         assert out.shape == (len(cu_seqlens_k) - 1, A.shape[0], B.shape[1])
@@ -61,28 +58,36 @@ class Products:
                 assert out.stride(-2) == 1, "halves are along the dimension that is not contiguous"
                 product = torch.cat([product[:, ::2], product[:, 1::2]], -1)
             out[e] = product
+        return out
+
+    def gemm_tuned(
+        self, A: Tensor, B: Tensor, out: Tensor, *, cu_seqlens_m: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None, config: GemmConfig,
+    ) -> None:  # fmt: skip
+        """`gemm` in one configuration, into `out`."""
+        assert not config.is_dynamic_persistent
+        if cu_seqlens_m is None:
+            self.gemm(A, B, out, cu_seqlens_k=cu_seqlens_k, tuned=False)
+        else:
+            out.copy_(self.gemm(A, B, cu_seqlens_m=cu_seqlens_m, tuned=False))
 
     def gemm_act(
         self, A: Tensor, B: Tensor, *, activation: str, cu_seqlens_m: Tensor, A_idx: Tensor | None = None,
-        store_preact: bool = True, dynamic_scheduler: bool = False, tuned: bool = True, config: GemmConfig,
-        concat_layout: tuple[str, ...] | None = None,
+        store_preact: bool = True, dynamic_scheduler: bool = False, tuned: bool = True,
+        config: GemmConfig | None = None, concat_layout: tuple[str, ...] | None = None,
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """The product, gate and up in turn, and the activation of it."""
-        assert not tuned
-        assert not dynamic_scheduler
-        h = self._by_row(A, B, cu_seqlens_m, A_idx, config, concat_layout)
+        assert config is None or not config.is_dynamic_persistent
+        h = self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, concat_layout)
         return h if store_preact else None, _activated(h, activation)
 
     def gemm_dact(
         self, A: Tensor, B: Tensor, PreAct: Tensor, activation: str, *, colvec_scale: Tensor, colvec_reduce: bool,
         cu_seqlens_m: Tensor, A_idx: Tensor | None = None, dynamic_scheduler: bool = True, tuned: bool = True,
-        config: GemmConfig,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The gradient of `PreAct` where the product is that of the activation before it was scaled, the scaled
         activation, and the dot products of both."""
-        assert not tuned
-        assert not dynamic_scheduler
-        grad = self._by_row(A, B, cu_seqlens_m, A_idx, config, None)
+        grad = self._by_row(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned, None)
         assert len(PreAct) == len(colvec_scale) == len(grad)
         assert colvec_scale.dtype == torch.float32
         assert colvec_reduce
@@ -95,10 +100,10 @@ class Products:
         return grad_h.to(A.dtype), (activated * colvec_scale.unsqueeze(1)).to(A.dtype), reduced
 
     def _by_row(
-        self, A: Tensor, B: Tensor, cu_seqlens_m: Tensor, A_idx: Tensor | None, config: GemmConfig,
+        self, A: Tensor, B: Tensor, cu_seqlens_m: Tensor, A_idx: Tensor | None, dynamic_scheduler: bool, tuned: bool,
         concat_layout: tuple[str, ...] | None,
     ) -> Tensor:  # fmt: skip
-        self._check(A, B, cu_seqlens_m, A_idx, config)
+        self._check(A, B, cu_seqlens_m, A_idx, dynamic_scheduler, tuned)
         self.shapes.add((A.shape, B.shape))
         assert A.stride(-1) == 1 or not A.numel(), "varlen_m: A is (total_m, k), k-major"
         assert B.ndim == 3
@@ -114,9 +119,9 @@ class Products:
         return out
 
     @staticmethod
-    def _check(A: Tensor, B: Tensor, starts: Tensor, A_idx: Tensor | None, config: GemmConfig) -> None:
-        assert A_idx is None or not config.is_dynamic_persistent, "not on compute capability 9.0"
-        assert A_idx is None or config.cluster_n == 1, "rows are gathered by clusters along them"
+    def _check(A: Tensor, B: Tensor, starts: Tensor, A_idx: Tensor | None, dynamic: bool, tuned: bool) -> None:
+        assert not tuned, "tuning runs every configuration, and waits for the device, at each new number of rows"
+        assert not dynamic, "rows are not gathered under a dynamic scheduler on compute capability 9.0"
         assert A.ndim == 2
         assert A.dtype == B.dtype
         assert starts.dtype == torch.int32
@@ -131,7 +136,7 @@ def installed_quack() -> Iterator[Products]:
     modules["quack.gemm_config"].GemmConfig = GemmConfig
     interface = modules["quack.gemm_interface"]
     interface.gemm_tuned = SimpleNamespace(fn=products.gemm_tuned)
-    interface.gemm_act, interface.gemm_dact = products.gemm_act, products.gemm_dact
+    interface.gemm, interface.gemm_act, interface.gemm_dact = products.gemm, products.gemm_act, products.gemm_dact
     before = {name: sys.modules.get(name) for name in modules}
     _configuration.cache_clear()
     sys.modules.update(modules)

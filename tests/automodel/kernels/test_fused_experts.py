@@ -5,6 +5,8 @@ On a machine without a GPU Triton's interpreter runs the kernels, in FP32, where
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,14 @@ from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedAct
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.fused_experts import fused_experts
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
-from automodel.kernels.triton_rows import activation_form, gather_rows, spread_rows, sum_by_expert, sum_rows
+from automodel.kernels.triton_rows import (
+    activate_backward,
+    activation_form,
+    gather_rows,
+    spread_rows,
+    sum_by_expert,
+    sum_rows,
+)
 from tests.automodel.kernels.quack_stand_in import installed_quack
 
 on_gpu = torch.cuda.is_available()
@@ -108,6 +117,16 @@ def test_quacks_products_compute_the_same(
     for quacks, torchs in zip(*gradients, strict=True):
         assert relative_error(quacks, torchs.double()) < 1e-5
         assert quacks.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gate_and_up_in_turn_have_the_same_gradients(dtype: torch.dtype) -> None:
+    h, grad = torch.randn(9, 48, device=DEVICE).to(dtype), torch.randn(9, 24, device=DEVICE).to(dtype)
+    weight, form = torch.rand(9, device=DEVICE), activation_form(SWIGLU)
+    in_turn = torch.stack(h.chunk(2, -1), -1).flatten(1)
+    expected = activate_backward(h, weight, grad, form)
+    for made, want in zip(activate_backward(in_turn, weight, grad, replace(form, in_turn=True)), expected, strict=True):
+        assert torch.equal(made, want)
 
 
 def test_no_rows_at_all_leave_zero_gradients() -> None:

@@ -143,9 +143,10 @@ def test_quack_has_the_arguments_of_its_stand_in() -> None:
     if not on_gpu:
         pytest.skip("needs QuACK itself")
     from quack import gemm_config
-    from quack.gemm_interface import gemm_act, gemm_dact, gemm_tuned
+    from quack.gemm_interface import gemm, gemm_act, gemm_dact, gemm_tuned
 
-    for name, theirs in {"gemm_tuned": gemm_tuned.fn, "gemm_act": gemm_act, "gemm_dact": gemm_dact}.items():
+    functions = {"gemm": gemm, "gemm_tuned": gemm_tuned.fn, "gemm_act": gemm_act, "gemm_dact": gemm_dact}
+    for name, theirs in functions.items():
         ours = inspect.signature(getattr(Products, name)).parameters
         assert set(ours) - {"self"} <= set(inspect.signature(theirs).parameters)
     assert {field.name for field in fields(GemmConfig)} <= {field.name for field in fields(gemm_config.GemmConfig)}
