@@ -30,8 +30,6 @@ def resolve_experts(
 ) -> Resolved[ExpertsKernel]:
     """The experts kernel for parameters [E, 2 * width, hidden] on `device` in `dtype`.
 
-    Args:
-
     Raises:
         UsageError: a kernel was asked for by name and cannot run.
     """

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 _UNITS = 2
-"""Groups of heads that a program of the forward pass has, in one warp."""
+"""Groups of heads that a program of the forward pass has."""
 _PROGRAMS = 1056
 """Of the backward pass, each with a part of the gradients of the weights: eight for each multiprocessor of an H200."""
 
@@ -156,9 +156,10 @@ def norm_and_rotate(
     query = qkv.new_empty(batch, length, groups * (heads - 2), size)
     key, value = (qkv.new_empty(batch, length, groups, size) for _ in range(2))
     if units := batch * length * groups:
+        rows = triton.next_power_of_2(heads - 2)
         _norm_and_rotate[(triton.cdiv(units, _UNITS),)](
             qkv, q_weight, k_weight, *tables, query, key, value, units, length, *tables.strides, eps, offset,
-            groups, heads - 2, size // 2, triton.next_power_of_2(heads - 2), _UNITS, num_warps=1,
+            groups, heads - 2, size // 2, rows, _UNITS, num_warps=_warps(_UNITS * rows * size, 64),
         )  # fmt: skip
     return query, key, value
 
@@ -179,10 +180,16 @@ def norm_and_rotate_backward(
     programs = min(units, _PROGRAMS)
     parts = qkv.new_empty(programs, 2, size, dtype=torch.float32)
     if programs:
+        rows = triton.next_power_of_2(heads - 2)
         _norm_and_rotate_backward[(programs,)](
             *grads, qkv, q_weight, k_weight, *tables, grad_qkv, parts,
             units, length, *tables.strides, eps, offset,
-            groups, heads - 2, size // 2, triton.next_power_of_2(heads - 2), num_warps=4,
+            groups, heads - 2, size // 2, rows, num_warps=_warps(rows * size, 8),
         )  # fmt: skip
     of_query, of_key = parts.sum(0)
     return grad_qkv, of_query.to(q_weight.dtype, copy=True), of_key.to(k_weight.dtype, copy=True)
+
+
+def _warps(values: int, each: int) -> int:
+    """Warps whose threads have `each` of the values of the queries, at most 16."""
+    return max(1, min(16, values // (32 * each)))

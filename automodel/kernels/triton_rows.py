@@ -40,13 +40,10 @@ class ActivationForm:
         return {0: "swiglu", 2: "relu_sq"}.get(self.kind)
 
 
-SWIGLU_FORM = ActivationForm(0)
-
-
 def activation_form(activation: GatedActivation | Ungated) -> ActivationForm | None:
     """The form of an activation, None where the kernels have none."""
     if is_swiglu(activation):
-        return SWIGLU_FORM
+        return ActivationForm(0)
     if isinstance(activation, ClampedSwiGLU):
         return ActivationForm(1, activation.alpha, activation.limit)
     if is_relu_squared(activation):

@@ -147,8 +147,7 @@ class _ExpertsOfPeers(torch.autograd.Function):
         exchange.send_sums(grad_rows, placement, None, grad_weight)
         # Between sending and collecting, so that a process that is late keeps nobody waiting.
         if needs[2]:
-            rows = exchange.rows_again(x, fetched, placement, scale)
-            grads[2] = products.over_rows(rows, grad_h, transposed=True)
+            grads[2] = products.over_rows(exchange.rows_again(x, fetched, placement, scale), grad_h, transposed=True)
         if needs[4]:
             grads[4] = triton_rows.sum_by_expert(grad_h, ends) * scale
         grads[0], grads[1] = exchange.collect(grad_rows, placement, index, None, grad_weight, weight.dtype)
