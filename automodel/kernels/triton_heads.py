@@ -46,6 +46,15 @@ def _inverse_norm(low, high, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _turned(low, high, weight, column, cos_low, cos_high, sin_low, sin_high, eps, offset, HALF: tl.constexpr):
+    """Heads, normed and rotated."""
+    scale = _inverse_norm(low, high, eps, HALF)
+    weight_low, weight_high = _halves(weight, column, column < HALF, HALF)
+    low, high = low * scale * (weight_low + offset), high * scale * (weight_high + offset)
+    return low * cos_low - high * sin_low, high * cos_high + low * sin_high
+
+
+@triton.jit
 def _through_norm(grad_low, grad_high, low, high, weight_low, weight_high, eps, HALF: tl.constexpr):
     """The gradients of heads before their norm, and what they add to those of its weight."""
     scale = _inverse_norm(low, high, eps, HALF)
@@ -76,22 +85,17 @@ def _norm_and_rotate(
     at = unit[:, None, None] * (R + 2) * 2 * HALF + row * 2 * HALF + column
     here = there[:, :, None] & (row < R)
     low, high = _halves(qkv, at, here, HALF)
-    scale = _inverse_norm(low, high, eps, HALF)
-    weight_low, weight_high = _halves(q_weight, column, column < HALF, HALF)
-    low, high = low * scale * (weight_low + offset), high * scale * (weight_high + offset)
-    turned_low = low * cos_low[:, None, :] - high * sin_low[:, None, :]
-    turned_high = high * cos_high[:, None, :] + low * sin_high[:, None, :]
-    to = unit[:, None, None] * R * 2 * HALF + row * 2 * HALF + column
-    _store_halves(to_query, to, turned_low, turned_high, here, HALF)
+    low, high = _turned(
+        low, high, q_weight, column, cos_low[:, None, :], cos_high[:, None, :], sin_low[:, None, :],
+        sin_high[:, None, :], eps, offset, HALF,
+    )  # fmt: skip
+    _store_halves(to_query, unit[:, None, None] * R * 2 * HALF + row * 2 * HALF + column, low, high, here, HALF)
 
     at = (unit * (R + 2) + R)[:, None] * 2 * HALF + column
     low, high = _halves(qkv, at, there, HALF)
-    scale = _inverse_norm(low, high, eps, HALF)
-    weight_low, weight_high = _halves(k_weight, column, column < HALF, HALF)
-    low, high = low * scale * (weight_low + offset), high * scale * (weight_high + offset)
+    low, high = _turned(low, high, k_weight, column, cos_low, cos_high, sin_low, sin_high, eps, offset, HALF)
     to = unit[:, None] * 2 * HALF + column
-    turned_low, turned_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-    _store_halves(to_key, to, turned_low, turned_high, there, HALF)
+    _store_halves(to_key, to, low, high, there, HALF)
     low, high = _halves(qkv, at + 2 * HALF, there, HALF)
     _store_halves(to_value, to, low, high, there, HALF)
 
