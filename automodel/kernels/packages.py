@@ -22,7 +22,7 @@ KERNEL_PACKAGES = (
         "attention, linear layers and FP8, norms, experts",
         "--no-build-isolation 'transformer-engine[pytorch]>=2.20'",
     ),
-    Package("quack-kernels", "quack", "products of experts, SonicMoE's", "'quack-kernels>=0.6'"),
+    Package("quack-kernels", "quack", "products of experts, SonicMoE's", "'quack-kernels>=0.6.2,<0.7'"),
     Package("deep_ep", "deep_ep", "dispatch", "--no-build-isolation git+https://github.com/deepseek-ai/DeepEP"),
     Package("mamba_ssm", "mamba_ssm", "Mamba-2 layers", "--no-build-isolation mamba-ssm"),
     Package(

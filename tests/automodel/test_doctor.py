@@ -113,7 +113,7 @@ def test_a_native_model_is_reported_as_on_the_gpu_without_being_there(tmp_path: 
     assert (rows["experts"].count, rows["experts"].kernel) == (2, "fused")
     assert rows["dispatch, where ep > 1"].kernel == "symmetric"
     assert rows["attention"].kernel == "sdpa, cuDNN first"
-    assert report.next_steps == ("pip install 'flash-attn-4>=4.0.0b1'", "pip install 'quack-kernels>=0.6'")
+    assert report.next_steps == ("pip install 'flash-attn-4>=4.0.0b1'", "pip install 'quack-kernels>=0.6.2,<0.7'")
     assert report.parameters == inspect(tmp_path / "model").parameters
 
 

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedActivation, Ungated
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
+from automodel.kernels.products import products_obstacle
 from automodel.kernels.sonic import sonic_experts, sonic_obstacle
 from tests.automodel.kernels.quack_stand_in import GemmConfig, Products, installed_quack
 
@@ -129,14 +130,28 @@ def test_few_shapes_are_met_however_many_rows_come(products: Products | None) ->
     ],
 )
 def test_what_it_cannot_run_it_says(changed: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("is_installed", "is_at_least"):
-        monkeypatch.setattr(f"automodel.kernels.products.{name}", lambda *_: True)
+    monkeypatch.setattr("automodel.kernels.products.is_installed", lambda _: True)
+    monkeypatch.setattr("automodel.kernels.products.is_at_least", lambda _, *release: release <= (0, 6, 5))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     asked = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "hidden": 64, "width": 64, "activation": SWIGLU}
     assert sonic_obstacle(**asked) is None
     assert said in sonic_obstacle(**{**asked, **changed})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert "compute capability 9.0" in sonic_obstacle(**asked)
+
+
+@pytest.mark.parametrize(
+    ("release", "runs"), [((0, 6, 1), False), ((0, 6, 2), True), ((0, 6, 9), True), ((0, 7), False)]
+)
+def test_quack_runs_in_releases_whose_products_are_known(
+    monkeypatch: pytest.MonkeyPatch, release: tuple[int, ...], runs: bool
+) -> None:
+    monkeypatch.setattr("automodel.kernels.products.is_installed", lambda _: True)
+    monkeypatch.setattr("automodel.kernels.products.is_at_least", lambda _, *asked: release[: len(asked)] >= asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    obstacle = products_obstacle(torch.device("cuda"), torch.bfloat16, 64, 64)
+    assert (obstacle is None) == runs
+    assert runs or "0.6.2" in obstacle
 
 
 def test_quack_has_the_arguments_of_its_stand_in() -> None:
