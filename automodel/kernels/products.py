@@ -78,7 +78,7 @@ def product(rows_MI: torch.Tensor, weight_EIO: torch.Tensor, starts_E: torch.Ten
 
     out = rows_MI.new_empty(len(rows_MI), weight_EIO.shape[-1])
     if out.numel():
-        gemm_tuned.fn(rows_MI, weight_EIO, out, cu_seqlens_m=starts_E, config=_configuration())
+        gemm_tuned.fn(rows_MI, weight_EIO, out, cu_seqlens_m=starts_E, config=_configuration(out.device))
     return out
 
 
@@ -95,7 +95,7 @@ def product_and_activation(
 
     made: tuple[torch.Tensor | None, torch.Tensor] = gemm_act(
         rows_MI, weight_EIO, activation=activation, cu_seqlens_m=starts_E, store_preact=keeps, tuned=False,
-        config=_configuration(), concat_layout=("B",) if activation == "swiglu" else None,
+        config=_configuration(rows_MI.device), concat_layout=("B",) if activation == "swiglu" else None,
     )  # fmt: skip
     return made
 
@@ -110,13 +110,16 @@ def product_over_rows(
     out = a_MI.new_empty(len(starts_E) - 1, *sizes)
     if not len(a_MI):
         return out.zero_()
-    gemm_tuned.fn(a_MI.mT, b_MO, out.mT if transposed else out, cu_seqlens_k=starts_E, config=_configuration())
+    made = out.mT if transposed else out
+    gemm_tuned.fn(a_MI.mT, b_MO, made, cu_seqlens_k=starts_E, config=_configuration(out.device))
     return out
 
 
 @cache
-def _configuration() -> Any:
-    """How QuACK is to cut a product."""
+def _configuration(device: torch.device) -> Any:
+    """How QuACK is to cut a product; None, as it likes, on GPUs of a kind that nothing was measured on."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        return None
     from quack.gemm_config import GemmConfig
 
     tile = measured.TILE

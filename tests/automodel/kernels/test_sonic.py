@@ -17,10 +17,11 @@ pytest.importorskip("triton")
 
 from transformers.activations import ACT2FN
 
+from automodel.kernels import measured
 from automodel.kernels.activations import SWIGLU, ClampedSwiGLU, Gated, GatedActivation, Ungated
 from automodel.kernels.experts import expert_mlp
 from automodel.kernels.permute import combine_rows, rows_by_expert, sort_by_expert
-from automodel.kernels.products import products_obstacle
+from automodel.kernels.products import _configuration, products_obstacle
 from automodel.kernels.sonic import sonic_experts, sonic_obstacle
 from tests.automodel.kernels.quack_stand_in import GemmConfig, Products, installed_quack
 
@@ -152,6 +153,17 @@ def test_quack_runs_in_releases_whose_products_are_known(
     obstacle = products_obstacle(torch.device("cuda"), torch.bfloat16, 64, 64)
     assert (obstacle is None) == runs
     assert runs or "0.6.2" in obstacle
+
+
+@pytest.mark.skipif(on_gpu, reason="the stand-in has these configurations")
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_products_are_cut_as_measured_on_gpus_like_the_measured_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = _configuration(torch.device("cuda"))
+    assert (found is None) == (capability != (9, 0))
+    assert found is None or (found.tile_m, found.tile_n) == measured.TILE[:2]
 
 
 def test_quack_has_the_arguments_of_its_stand_in() -> None:
