@@ -44,12 +44,12 @@ def resolve_experts(
         if found := obstacles[backend.experts]():
             refuse("experts", backend.experts, found)
         return Resolved(backend.experts, "" if backend.experts in WEIGHING else "asked for")
-    wanted: list[ExpertsKernel] = ["fused", "grouped_mm"]
+    fastest_first: tuple[ExpertsKernel, ...] = ("fused", "grouped_mm")
     reason = ""
-    for kernel in wanted:
+    for kernel in fastest_first:
         found = obstacles[kernel]()
         if found is None:
-            if kernel == "fused" and not reason:
+            if kernel == "fused":
                 slower = products_obstacle(device, dtype, hidden, width)
                 reason = f"torch's grouped products multiply: {slower}" if slower else ""
             return Resolved(kernel, reason)
