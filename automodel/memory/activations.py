@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from automodel.memory.sizes import Checkpointing, Implementation, Sizes
 from ckpt_tools.engine.sharding import ShardingMesh
 
-LOSS_CHUNK_BYTES = 1280 << 20
+LOSS_CHUNK_BYTES = 1600 << 20
 """Logits that exist at one time in our loss (`kernels/cross_entropy.py`)."""
 
 KEPT_LOAD = 2
