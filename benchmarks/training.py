@@ -111,10 +111,19 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "torch": version("torch"),
         "transformers": version("transformers"),
+        "kernels": _kernel_packages(),
         "python": platform.python_version(),
         "flops_per_token": flops_per_token(CASES[arguments.case], arguments.sequence),
         "peak_tflops": _peak_tflops(),
     }
+
+
+def _kernel_packages() -> dict[str, str]:
+    """Installed packages that bring kernels -> their versions; transformers takes them, too."""
+    from automodel.kernels.packages import KERNEL_PACKAGES
+    from ckpt_tools.core.packages import look_for
+
+    return {package.name: package.version for package in look_for(KERNEL_PACKAGES) if package.version}
 
 
 @cache

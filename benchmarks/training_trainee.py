@@ -152,9 +152,23 @@ def _peer(
     def step(ids: torch.Tensor) -> Measured:
         loss = loss_of(to_device(ids, device))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norm = _clipped(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach(), norm
 
     return Trainee(model, optimizer, step, fill)
+
+
+def _clipped(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` does, with a factor in the dtype of the gradients that it multiplies.
+
+    One in FP32, because some gradients are, has all others multiplied one by one, in 23 ms instead of 5 for 9 layers of
+    Nemotron-3-Nano.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    for dtype in {p.dtype for p in parameters}:
+        alike = [p for p in parameters if p.dtype == dtype]
+        torch.nn.utils.clip_grads_with_norm_(alike, MAX_GRAD_NORM, norm.to(dtype))
+    return norm

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from automodel.memory.sizes import Checkpointing, Implementation, Sizes
 from ckpt_tools.engine.sharding import ShardingMesh
 
-LOSS_CHUNK_BYTES = 1280 << 20
+LOSS_CHUNK_BYTES = 1600 << 20
 """Logits that exist at one time in our loss (`kernels/cross_entropy.py`)."""
 
 KEPT_LOAD = 2
@@ -61,8 +61,11 @@ class Activations:
         """Head and loss, at their peak."""
         z = self.sizes
         if self.implementation == "native":
-            # Gradients of hidden states and head (FP32), and a chunk of logits; then the head's in its own dtype.
-            return self.input + 4 * z.v * z.d + max(min(z.n * z.v * z.s, LOSS_CHUNK_BYTES), self.head_gradient)
+            # Gradients of hidden states and head (FP32 for several chunks), and a chunk of logits; then the head's
+            # gradient once more, in its own dtype.
+            logits = z.n * z.v * z.s
+            saved = z.v * z.d * (4 if logits > LOSS_CHUNK_BYTES else z.s)
+            return self.input + saved + max(min(logits, LOSS_CHUNK_BYTES), self.head_gradient)
         # transformers' loss in FP32: the log-softmax, its gradient, and the gradient of the logits.
         return 3 * 4 * z.n * z.v
 

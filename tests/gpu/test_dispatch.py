@@ -40,7 +40,9 @@ def _rank(rank: int, world: int, work: str, function: Callable[..., Any], args: 
     torch.cuda.set_device(rank)
     store = torch.distributed.FileStore(f"{work}/store", world)
     device = torch.device("cuda", rank)
-    torch.distributed.init_process_group("nccl", store=store, rank=rank, world_size=world, device_id=device)
+    # As `process_group` has it: what processes agree on travels over gloo, and does not wait for the device.
+    backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=device)
     torch.save(function(rank, *args), f"{work}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
