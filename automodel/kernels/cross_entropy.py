@@ -15,8 +15,8 @@ from torch.autograd.function import FunctionCtx
 from automodel.kernels.packages import is_installed
 
 _CHUNK_BYTES = 1600 << 20
-"""Logits of a chunk: 4,096 tokens of a vocabulary of 201,088 in BF16. Fewer, longer chunks add up fewer gradients of the
-head; products gain by size until about 4,096 tokens of 152,000."""
+"""Logits of a chunk: 4,096 tokens of a vocabulary of 201,088 in BF16. Products gain by size until about 4,096 tokens of
+152,000; fewer chunks add up fewer gradients of the head."""
 
 
 def fused_loss_obstacle(device: torch.device) -> str | None:
@@ -37,8 +37,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of `hidden @ weight.T`, summed over the tokens that count, over `divisor`; FP32, 0-d.
 
-    Logits have the dtype of `hidden_ND`, their softmax is computed in FP32. Where there are several chunks, the gradient
-    of the head is summed over them in FP32.
+    Logits have the dtype of `hidden_ND`, their softmax is computed in FP32. The gradient of the head is summed in FP32
+    where there are several chunks.
 
     Args:
         labels_N: int64, token to predict; `ignore_index` does not count.
