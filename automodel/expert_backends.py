@@ -40,19 +40,23 @@ def resolve_experts(
         "grouped_mm": lambda: grouped_mm_obstacle(device, dtype, hidden, width),
         "torch": lambda: None,
     }
+
+    def resolved(kernel: ExpertsKernel, reason: str) -> Resolved[ExpertsKernel]:
+        if kernel == "fused":
+            slower = products_obstacle(device, dtype, hidden, width)
+            reason = f"torch's grouped products multiply: {slower}" if slower else ""
+        return Resolved(kernel, reason)
+
     if backend.experts != "auto":
         if found := obstacles[backend.experts]():
             refuse("experts", backend.experts, found)
-        return Resolved(backend.experts, "" if backend.experts in WEIGHING else "asked for")
+        return resolved(backend.experts, "" if backend.experts == "sonic" else "asked for")
     fastest_first: tuple[ExpertsKernel, ...] = ("fused", "grouped_mm")
     reason = ""
     for kernel in fastest_first:
         found = obstacles[kernel]()
         if found is None:
-            if kernel == "fused":
-                slower = products_obstacle(device, dtype, hidden, width)
-                reason = f"torch's grouped products multiply: {slower}" if slower else ""
-            return Resolved(kernel, reason)
+            return resolved(kernel, reason)
         reason = found
     return Resolved("torch", reason)
 
@@ -67,8 +71,9 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
     Raises:
         UsageError: `symmetric` or `deepep` was asked for by name and cannot run.
     """
+    brought = "torch's grouped products multiply the rows that it brings" if experts == "fused" else ""
     if backend.dispatch == "all_to_all":
-        return Resolved("all_to_all", "asked for")
+        return Resolved("all_to_all", _all_of("asked for", brought))
     if backend.dispatch == "deepep":
         if experts not in WEIGHING:
             refuse(
@@ -77,14 +82,18 @@ def resolve_dispatch(backend: Backend, experts: ExpertsKernel, obstacle: str | N
                 "it adds up a token's rows where their experts are, which have to weight them, as "
                 f"{' and '.join(WEIGHING)} do, and these run {experts}",
             )
-        return Resolved("deepep")
+        return Resolved("deepep", brought)
     if obstacle is None and experts != "fused":
         obstacle = f"symmetric dispatch is part of the fused experts, and these run {experts}"
     if obstacle is None:
         return Resolved("symmetric")
     if backend.dispatch == "symmetric":
         refuse("dispatch", "symmetric", obstacle)
-    return Resolved("all_to_all", obstacle)
+    return Resolved("all_to_all", _all_of(obstacle, brought))
+
+
+def _all_of(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def resolve_router(backend: Backend, device: torch.device, experts: int) -> Resolved:

@@ -63,9 +63,12 @@ def test_the_automatic_choice_falls_back_with_a_reason_and_the_named_one_refuses
 def test_dispatch_is_symmetric_where_peers_and_kernel_allow_and_otherwise_says_why() -> None:
     assert resolve_dispatch(Backend(), "fused", None).kernel == "symmetric"
     hosts = resolve_dispatch(Backend(), "fused", "the ep axis is on 2 hosts")
-    assert (hosts.kernel, hosts.reason) == ("all_to_all", "the ep axis is on 2 hosts")
+    brought = "torch's grouped products multiply the rows that it brings"
+    assert (hosts.kernel, hosts.reason) == ("all_to_all", f"the ep axis is on 2 hosts; {brought}")
     assert "these run grouped_mm" in resolve_dispatch(Backend(), "grouped_mm", None).reason
-    assert resolve_dispatch(Backend(dispatch="all_to_all"), "fused", None).reason == "asked for"
+    assert resolve_dispatch(Backend(dispatch="all_to_all"), "fused", None).reason == f"asked for; {brought}"
+    assert resolve_dispatch(Backend(dispatch="all_to_all"), "grouped_mm", None).reason == "asked for"
+    assert resolve_dispatch(Backend(dispatch="deepep"), "fused", None).reason == brought
     with pytest.raises(UsageError, match="2 hosts"):
         resolve_dispatch(Backend(dispatch="symmetric"), "fused", "the ep axis is on 2 hosts")
 
@@ -85,8 +88,9 @@ def test_sonic_experts_run_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_fused_experts_say_why_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("automodel.expert_backends.fused_obstacle", lambda *_: None)
     monkeypatch.setattr("automodel.expert_backends.products_obstacle", lambda *_: "it is Tuesday")
-    found = resolve_experts(Backend(), torch.device("cuda"), torch.bfloat16, 64, 64)
-    assert found == Resolved("fused", "torch's grouped products multiply: it is Tuesday")
+    for backend in (Backend(), Backend(experts="fused")):
+        found = resolve_experts(backend, torch.device("cuda"), torch.bfloat16, 64, 64)
+        assert found == Resolved("fused", "torch's grouped products multiply: it is Tuesday")
 
 
 def test_deepep_runs_when_asked_for_with_experts_that_weight_their_rows() -> None:
