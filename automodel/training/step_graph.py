@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from automodel.logging import get_logger, log_once
 from automodel.models.causal_lm import NativeCausalLM
 from automodel.moe.experts import Experts
-from automodel.parallel.agree import gather_objects
+from automodel.parallel.agree import gather_objects, least
 from automodel.parallel.fsdp import computation_dtype, side_streams
 from automodel.parallel.local import local_part
 from automodel.training.data import Batch
@@ -139,7 +139,7 @@ class StepGraph:
         if self._obstacle is not None:
             log_once(_logger, logging.INFO, f"micro-batches run without CUDA graphs: {self._obstacle}")
             return
-        agreed = min(gather_objects(self._readiness(batches)))
+        agreed = least(self._readiness(batches))
         self._seen.update(batch.input_ids.shape for batch in batches)
         if agreed == _Readiness.CAPTURE:
             self.close()
