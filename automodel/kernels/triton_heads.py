@@ -55,8 +55,12 @@ def _turned(low, high, weight, column, cos_low, cos_high, sin_low, sin_high, eps
 
 
 @triton.jit
-def _through_norm(grad_low, grad_high, low, high, weight_low, weight_high, eps, HALF: tl.constexpr):
-    """The gradients of heads before their norm, and what they add to those of its weight."""
+def _turned_back(
+    grad_low, grad_high, low, high, weight_low, weight_high, cos_low, cos_high, sin_low, sin_high, eps,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The gradients of heads before `_turned`, and what they add to those of its weight."""
+    grad_low, grad_high = grad_low * cos_low + grad_high * sin_high, grad_high * cos_high - grad_low * sin_low
     scale = _inverse_norm(low, high, eps, HALF)
     low, high = low * scale, high * scale
     by_low, by_high = grad_low * low, grad_high * high
@@ -126,16 +130,16 @@ def _norm_and_rotate_backward(
         own_low, own_high = _halves(qkv, at + R * 2 * HALF, always, HALF)
         value_low, value_high = _halves(grad_value, once, always, HALF)
 
-        low, high, by_low, by_high = _through_norm(
-            query_low * cos_low + query_high * sin_high, query_high * cos_high - query_low * sin_low,
-            low, high, q_low + offset, q_high + offset, eps, HALF,
+        low, high, by_low, by_high = _turned_back(
+            query_low, query_high, low, high, q_low + offset, q_high + offset, cos_low, cos_high, sin_low, sin_high,
+            eps, HALF,
         )  # fmt: skip
         total_q_low += by_low
         total_q_high += by_high
         _store_halves(grad_qkv, at + row * 2 * HALF, low, high, here, HALF)
-        low, high, by_low, by_high = _through_norm(
-            key_low * cos_low + key_high * sin_high, key_high * cos_high - key_low * sin_low,
-            own_low, own_high, k_low + offset, k_high + offset, eps, HALF,
+        low, high, by_low, by_high = _turned_back(
+            key_low, key_high, own_low, own_high, k_low + offset, k_high + offset, cos_low, cos_high, sin_low, sin_high,
+            eps, HALF,
         )  # fmt: skip
         total_k_low += by_low
         total_k_high += by_high
