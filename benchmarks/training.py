@@ -111,7 +111,7 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "kernels": _kernel_packages(),
+        "kernel_packages": _kernel_packages(),
         "python": platform.python_version(),
         "flops_per_token": flops_per_token(CASES[arguments.case], arguments.sequence),
         "peak_tflops": _peak_tflops(),

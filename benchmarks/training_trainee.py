@@ -168,7 +168,8 @@ def _clipped(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    for dtype in {p.dtype for p in parameters}:
+    # In one order on all processes: sharded norms are added up for each.
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
         alike = [p for p in parameters if p.dtype == dtype]
         torch.nn.utils.clip_grads_with_norm_(alike, MAX_GRAD_NORM, norm.to(dtype))
     return norm
