@@ -73,10 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _softmax(logits, labels_N[part], losses_N[part], divisor, ignore_index)
             if grad_hidden is not None:
                 torch.mm(logits, weight_VD, out=grad_hidden[part])
-            if needs_weight and tokens >= len(hidden_ND):
-                grad_weight = torch.mm(logits.t(), hidden_ND)
-            elif needs_weight:
-                grad_weight = _accumulated(grad_weight, logits, hidden_ND[part])
+            if needs_weight:
+                only = tokens >= len(hidden_ND)
+                grad_weight = logits.t() @ hidden_ND if only else _accumulated(grad_weight, logits, hidden_ND[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return losses_N.sum() / divisor

@@ -41,7 +41,7 @@ def sonic_obstacle(
     return "the SonicMoE kernels are called without biases" if bias else None
 
 
-def weight_gradient(
+def _weight_gradient(
     tokens: torch.Tensor,
     rows_MF: torch.Tensor,
     out_EDF: torch.Tensor,
@@ -153,11 +153,11 @@ class _SonicExperts(torch.autograd.Function):
         )  # fmt: skip
         grads: list[torch.Tensor | None] = [None] * len(needs)
         if needs[3]:
-            grads[3] = weight_gradient(grad, activated, down.new_empty(down.shape), starts, token_M)
+            grads[3] = _weight_gradient(grad, activated, down.new_empty(down.shape), starts, token_M)
         del activated
         if needs[2]:
             grads[2] = gate_up.new_empty(gate_up.shape)
-            weight_gradient(x, grad_h, grads[2].mT, starts, token_M, halves=halves)
+            _weight_gradient(x, grad_h, grads[2].mT, starts, token_M, halves=halves)
         if needs[0]:
             rows = gemm(grad_h, gate_up, concat_layout=("B",) if halves else None, **by_row)[: ctx.rows]
             grads[0] = rows if order is None else _sum(rows, order)
